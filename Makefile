@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: BSD-2-Clause
+# "make help" lists what there is.  Everything that is made is under build/, except what an editable install compiles.
+
+# The system's own Python first: what is installed with it outlives a user's home directory.
+PYTHON ?= $(or $(wildcard /usr/bin/python3),python3)
+PREFIX ?= /usr/local
+DESTDIR ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+# The Debian packages that building, the tests and the demo need.
+PACKAGES := \
+	clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev zlib1g-dev python3-venv python3-dev \
+	busybox-static cpio ethtool iproute2 kmod procps
+
+VENV := build/venv
+INSTALLED := $(VENV)/.installed
+COMPILED := $(VENV)/.compiled
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.SILENT:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint build packages install uninstall clean
+
+# Where "make install" puts things.  DESTDIR is in front of it only while a package is made, and is not to be found inside.
+override PREFIX := $(patsubst %/,%,$(PREFIX))
+ROOT_OF_INSTALL := $(DESTDIR)$(PREFIX)
+LIBRARY := $(ROOT_OF_INSTALL)/lib/qsteer
+COMMAND := $(ROOT_OF_INSTALL)/bin/qsteer
+COMMAND_LINK := ../lib/qsteer/bin/qsteer
+
+# Runs a command as root, with the environment of who called make; what it leaves in build/ belongs to them again.
+define as_root
+[[ $$(id -u) != 0 ]] || exec $(1)
+command -v sudo >/dev/null || { echo "make $@: this needs root, and there is no sudo" >&2; exit 1; }
+trap 'sudo chown -R "$$(id -u):$$(id -g)" build' EXIT
+sudo -E env PYTHONDONTWRITEBYTECODE=1 $(1)
+endef
+
+help: ## list the targets
+	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	echo
+	echo "Variables: PYTHON ($(PYTHON)), PREFIX ($(PREFIX)), DESTDIR; PYTEST_ARGS for test; QSTEER_STRICT=1 makes a"
+	echo "skipped test a failed one; YES=1 lets the demo and the tests fetch what the distribution lacks without asking."
+
+demo: build ## boot a guest and check that every flow lands on the queue the guest asked for
+	$(call as_root,$(VENV)/bin/python -m integration.demo $(DEMO_ARGS))
+
+test: build ## run all tests (needs root, directly or through sudo)
+	$(call as_root,$(VENV)/bin/python -m pytest $(PYTEST_ARGS))
+
+lint: build ## run the formatters and type checkers only
+	$(VENV)/bin/python -m pytest tests/unit/test_linters.py $(PYTEST_ARGS)
+
+build: packages $(COMPILED) ## an editable install in build/venv
+
+packages: ## install the Debian packages that are missing
+	command -v dpkg-query >/dev/null && command -v apt-get >/dev/null || exit 0
+	missing=()
+	for package in $(PACKAGES); do
+		[[ $$(dpkg-query -W -f '$${db:Status-Status}' "$$package" 2>/dev/null) == installed ]] || missing+=("$$package")
+	done
+	[[ $${#missing[@]} != 0 ]] || exit 0
+	sudo=()
+	if [[ $$(id -u) != 0 ]]; then
+		command -v sudo >/dev/null || {
+			echo "make: Debian packages are missing; as root: apt-get install $${missing[*]}" >&2
+			exit 1
+		}
+		sudo=(sudo)
+	fi
+	echo "Installing Debian packages: $${missing[*]}"
+	"$${sudo[@]}" apt-get update -qq
+	"$${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -qq -y --no-install-recommends --no-remove "$${missing[@]}"
+
+define check_python
+"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+	echo "make $@: $(PYTHON) is not Python 3.11 or later; name one that is: PYTHON=..." >&2
+	exit 1
+}
+"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || {
+	echo "make $@: $(PYTHON) cannot make virtual environments (Debian package python3-venv)" >&2
+	exit 1
+}
+endef
+
+$(INSTALLED): pyproject.toml setup.py qsteer/__init__.py | packages
+	$(check_python)
+	echo "Setting up $(VENV)"
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# Without pip when only C changed.
+$(COMPILED): $(INSTALLED) qsteer/shim_build.py $(shell find c -type f)
+	$(VENV)/bin/python setup.py --quiet build_ext --inplace
+	touch $@
+
+# Both stop before anything changes when what they would replace or remove is not from here.
+define check_install
+[[ "$(PREFIX)" =~ ^/[A-Za-z0-9/._+-]+$$ ]] || {
+	echo "make $@: PREFIX is an absolute path of letters, digits and /._+-, not \"$(PREFIX)\"" >&2
+	exit 1
+}
+if [[ -e "$(LIBRARY)" && ! -e "$(LIBRARY)/.from-make-install" ]]; then
+	echo "make $@: $(LIBRARY) is not from make install, and stays" >&2
+	exit 1
+fi
+if [[ ( -e "$(COMMAND)" || -L "$(COMMAND)" ) && "$$(readlink "$(COMMAND)")" != $(COMMAND_LINK) ]]; then
+	echo "make $@: $(COMMAND) is not from make install, and stays" >&2
+	exit 1
+fi
+endef
+
+define check_right
+[[ -w "$(ROOT_OF_INSTALL)/lib" && -w "$(ROOT_OF_INSTALL)/bin" ]] || {
+	echo "make $@: no right to write to $(ROOT_OF_INSTALL); as root: make $@" >&2
+	exit 1
+}
+endef
+
+# Everything is made in a temporary directory: the checkout may be another user's, and a build that fails changes nothing.
+install: ## put qsteer under PREFIX, with a virtual environment of its own
+	$(check_install)
+	$(check_python)
+	umask 022
+	mkdir -p "$(ROOT_OF_INSTALL)/lib" "$(ROOT_OF_INSTALL)/bin" 2>/dev/null || true
+	$(check_right)
+	work=$$(mktemp -d)
+	trap 'rm -rf "$$work"' EXIT
+	mkdir "$$work/source"
+	cp -R c qsteer pyproject.toml setup.py MANIFEST.in README.md LICENSE CHANGELOG.md "$$work/source"
+	rm -rf "$$work"/source/qsteer/{bpf,_shim*.so,__pycache__}
+	echo "Building qsteer"
+	"$(PYTHON)" -m venv "$$work/tools"
+	"$(PYTHON)" -m venv --without-pip "$$work/qsteer"
+	"$$work/tools/bin/python" -m pip --python "$$work/qsteer/bin/python" install --quiet --no-compile "$$work/source" \
+		2>"$$work/log" || {
+		grep -o 'qsteer cannot be built .*' "$$work/log" >&2 || cat "$$work/log" >&2
+		exit 1
+	}
+	(
+		cd "$$work/qsteer"
+		find bin -mindepth 1 ! -name 'python*' -delete
+		printf '%s\n' '#!$(PREFIX)/lib/qsteer/bin/python -I' 'import sys' '' 'from qsteer.__main__ import main' '' \
+			'sys.exit(main())' >bin/qsteer
+		chmod 755 bin/qsteer
+		sed -i '/^command = /d' pyvenv.cfg
+		rm -f lib/python3.*/site-packages/qsteer-*.dist-info/direct_url.json
+		bin/python -m compileall -q -s "$$work/qsteer" -p "$(PREFIX)/lib/qsteer" lib
+		touch .from-make-install
+	)
+	rm -rf "$(LIBRARY).new"
+	cp -R "$$work/qsteer" "$(LIBRARY).new"
+	rm -rf "$(LIBRARY)"
+	mv "$(LIBRARY).new" "$(LIBRARY)"
+	ln -sfn $(COMMAND_LINK) "$(COMMAND)"
+	echo "Installed $(COMMAND)"
+
+uninstall: ## take off what install put there; running virtual machines stay steered
+	$(check_install)
+	[[ -e "$(LIBRARY)" || -L "$(COMMAND)" ]] || { echo "qsteer is not installed under $(ROOT_OF_INSTALL)"; exit 0; }
+	$(check_right)
+	rm -rf "$(LIBRARY)" "$(COMMAND)"
+	echo "Removed $(COMMAND) and $(LIBRARY)."
+	echo "Running virtual machines stay steered: /sys/fs/bpf/qsteer and /run/qsteer are as they were."
+
+clean: ## remove everything that is made, build/ included
+	rm -rf build dist qsteer.egg-info qsteer/bpf qsteer/_shim*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

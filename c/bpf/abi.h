@@ -1,0 +1,106 @@
+/* SPDX-License-Identifier: BSD-2-Clause */
+/*
+ * What BPF programs, the C shim and Python share: no layout is written down twice.
+ *
+ * QS_ABI numbers the contract between a tap's stub and the shared body, and the behaviour of the
+ * body.  A host keeps one pinned body per number, so that a running VM is served by the body that
+ * it was loaded with.  Any change to what the stub hands over or to what the body answers takes a
+ * new number.
+ */
+#ifndef QS_ABI_H
+#define QS_ABI_H
+
+#include <linux/types.h>
+
+#define QS_MAGIC 0x0072656574737173ULL /* "qsteer" */
+#define QS_ABI 1
+
+/* VIRTIO_NET_RSS_HASH_TYPE_*: virtio 1.2, 5.1.6.4.3.1 */
+#define QS_HASH_IP4 0x001
+#define QS_HASH_TCP4 0x002
+#define QS_HASH_UDP4 0x004
+#define QS_HASH_IP6 0x008
+#define QS_HASH_TCP6 0x010
+#define QS_HASH_UDP6 0x020
+#define QS_HASH_IP_EX 0x040
+#define QS_HASH_TCP_EX 0x080
+#define QS_HASH_UDP_EX 0x100
+#define QS_HASH_ALL 0x1ff
+
+#define QS_KEY_BYTES 40
+#define QS_TABLE_ENTRIES 128
+
+/*
+ * The three maps that QEMU writes when it is handed them (ebpf-rss-fds); sizes, names and order
+ * are QEMU's.
+ */
+#define QS_MAP_CONFIG "tap_rss_map_configurations"
+#define QS_MAP_KEY "tap_rss_map_toeplitz_key"
+#define QS_MAP_TABLE "tap_rss_map_indirection_table"
+
+struct qs_rss_config {
+	__u8 redirect; /* 0: everything goes to default_queue */
+	__u8 populate_hash;
+	__u32 hash_types;
+	__u16 indirections_len;
+	__u16 default_queue;
+} __attribute__((packed));
+
+struct qs_rss_key {
+	__u32 leftmost_32_bits; /* host order */
+	__u8 rest[QS_KEY_BYTES - 4];
+};
+
+_Static_assert(sizeof(struct qs_rss_config) == 10, "QEMU maps 10 bytes");
+_Static_assert(sizeof(struct qs_rss_key) == QS_KEY_BYTES, "QEMU maps 40 bytes");
+
+/* How a program was made (qs_ident.build). */
+enum qs_build {
+	QS_BUILD_SHARED_BODY = 1, /* stub of the tap's own, body shared by all taps of the host */
+	QS_BUILD_COMPLETE = 2,	  /* everything in the tap's own program; CAP_BPF is enough */
+};
+
+/* Where the RSS configuration in the maps comes from (qs_ident.source). */
+enum qs_source {
+	QS_SOURCE_STATIC = 1,	   /* given by the operator */
+	QS_SOURCE_SHARED_MAPS = 2, /* written by QEMU */
+};
+
+/*
+ * The frozen rodata of each of qsteer's programs: how `status` knows its own.  A name can be
+ * forged and a tag changes with every release.
+ */
+struct qs_ident {
+	__u64 magic;
+	__u32 abi;
+	__u32 build;
+	__u32 source;
+	__u32 displaced; /* id of the QEMU program that this one took off, 0 for none */
+	__u8 version[4]; /* major, minor, micro of the qsteer that loaded it */
+	char tap[16];	 /* the tap that it was made for */
+	__u32 reserved;
+};
+
+_Static_assert(sizeof(struct qs_ident) == 48, "no hidden padding");
+
+/* One open queue of a tun/tap device, as the task_file iterator reports it. */
+struct qs_queue {
+	__u64 file; /* tells two fds of one open file from two queues */
+	__u32 pid;
+	__u32 fd;
+	__u32 netns; /* inode number of the network namespace */
+	__u32 ifindex;
+	__u32 flags; /* IFF_* of the tun device */
+	__u32 prog_id; /* 0: no steering program */
+	__u32 active;  /* queues that packets are spread over */
+	__u32 disabled;
+	__u16 queue_index;
+	__u16 detached;
+	__u32 reserved;
+	char comm[16];
+	char tap[16];
+};
+
+_Static_assert(sizeof(struct qs_queue) == 80, "no hidden padding");
+
+#endif

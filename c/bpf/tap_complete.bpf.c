@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: BSD-2-Clause
+/* A tap's own program with everything in it, where the shared body cannot load. */
+#include <linux/bpf.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "maps.h"
+#include "reader_helper.h"
+#include "rss.h"
+
+SEC("socket")
+int qsteer_tap(struct __sk_buff *skb)
+{
+	__u64 word[QS_WORDS] = {}, key[QS_KEY_WORDS];
+	__u32 zero = 0, types, len, queue, i;
+	struct qs_rss_config *config;
+	struct qs_rss_key *raw;
+	struct qs_reader r;
+	__u16 *entry;
+
+	config = bpf_map_lookup_elem(&tap_rss_map_configurations, &zero);
+	raw = bpf_map_lookup_elem(&tap_rss_map_toeplitz_key, &zero);
+	if (!config || !raw)
+		return 0;
+
+	queue = config->default_queue;
+	types = config->hash_types & QS_HASH_ALL;
+	len = config->indirections_len;
+	if (!config->redirect || !types || !qs_length_ok(len))
+		return queue;
+
+	if (qs_reader_init(&r, skb) || qs_classify(skb, &r, types, word))
+		return queue;
+
+	key[0] = (__u64)raw->leftmost_32_bits << 32 | bpf_ntohl(*(__u32 *)raw->rest);
+#pragma unroll
+	for (i = 1; i < QS_WORDS; i++)
+		key[i] = qs_be64(raw->rest + i * 8 - 4);
+	key[QS_WORDS] = 0;
+
+	i = qs_bucket(word, key) & (len - 1) & (QS_TABLE_ENTRIES - 1);
+	entry = bpf_map_lookup_elem(&tap_rss_map_indirection_table, &i);
+	return entry ? *entry : queue;
+}

@@ -1,0 +1,612 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#define _GNU_SOURCE
+#include "shim.h"
+
+#include <bpf/bpf.h>
+#include <bpf/libbpf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/capability.h>
+#include <linux/if.h>
+#include <linux/if_tun.h>
+#include <linux/magic.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/statfs.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define QS_FDS_MAX 16
+
+static void qs_close(const int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+}
+
+static void qs_close_object(struct bpf_object **object)
+{
+	bpf_object__close(*object);
+}
+
+#define qs_auto_close __attribute__((cleanup(qs_close)))
+#define qs_auto_object __attribute__((cleanup(qs_close_object)))
+
+static int qs_result(int ret)
+{
+	return ret < 0 ? -errno : 0;
+}
+
+static int qs_take(int *fd)
+{
+	int taken = *fd;
+
+	*fd = -1;
+	return taken;
+}
+
+/* tun/tap */
+
+int qs_tap_open(char name[16], int exclusive, int *fd)
+{
+	struct ifreq ifr = { .ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE };
+	qs_auto_close int tun = open("/dev/net/tun", O_RDWR | O_CLOEXEC | O_NONBLOCK);
+
+	if (tun < 0)
+		return -errno;
+	if (exclusive)
+		ifr.ifr_flags |= IFF_TUN_EXCL;
+	memcpy(ifr.ifr_name, name, sizeof(ifr.ifr_name) - 1);
+	if (ioctl(tun, TUNSETIFF, &ifr) < 0)
+		return -errno;
+	memcpy(name, ifr.ifr_name, sizeof(ifr.ifr_name));
+	*fd = qs_take(&tun);
+	return 0;
+}
+
+int qs_tap_name(int fd, char name[16])
+{
+	struct ifreq ifr = {};
+
+	if (ioctl(fd, TUNGETIFF, &ifr) < 0)
+		return -errno;
+	memcpy(name, ifr.ifr_name, sizeof(ifr.ifr_name));
+	return 0;
+}
+
+int qs_steering_attach(int fd, int prog_fd)
+{
+	return qs_result(ioctl(fd, TUNSETSTEERINGEBPF, &prog_fd));
+}
+
+int qs_steering_detach(int fd)
+{
+	int none = -1;
+
+	return qs_result(ioctl(fd, TUNSETSTEERINGEBPF, &none));
+}
+
+/* Processes and privileges */
+
+int qs_pidfd_getfd(int pidfd, int target, int *fd)
+{
+	int got = syscall(SYS_pidfd_getfd, pidfd, target, 0);
+
+	if (got < 0)
+		return -errno;
+	*fd = got;
+	return 0;
+}
+
+int qs_fds_send(int sock, const int *fds, size_t count)
+{
+	union {
+		char bytes[CMSG_SPACE(sizeof(int) * QS_FDS_MAX)];
+		struct cmsghdr align;
+	} control = {};
+	char byte = 0;
+	struct iovec iov = { .iov_base = &byte, .iov_len = 1 };
+	struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
+	struct cmsghdr *cmsg;
+
+	if (count < 1 || count > QS_FDS_MAX)
+		return -EINVAL;
+	msg.msg_control = control.bytes;
+	msg.msg_controllen = CMSG_SPACE(sizeof(int) * count);
+	cmsg = CMSG_FIRSTHDR(&msg);
+	cmsg->cmsg_level = SOL_SOCKET;
+	cmsg->cmsg_type = SCM_RIGHTS;
+	cmsg->cmsg_len = CMSG_LEN(sizeof(int) * count);
+	memcpy(CMSG_DATA(cmsg), fds, sizeof(int) * count);
+	return qs_result(sendmsg(sock, &msg, MSG_NOSIGNAL));
+}
+
+int qs_fds_receive(int sock, int *fds, size_t count)
+{
+	union {
+		char bytes[CMSG_SPACE(sizeof(int) * QS_FDS_MAX)];
+		struct cmsghdr align;
+	} control = {};
+	char byte;
+	struct iovec iov = { .iov_base = &byte, .iov_len = 1 };
+	struct msghdr msg = { .msg_iov = &iov,
+			      .msg_iovlen = 1,
+			      .msg_control = control.bytes,
+			      .msg_controllen = sizeof(control.bytes) };
+	size_t got = 0;
+	int received[QS_FDS_MAX];
+	struct cmsghdr *cmsg;
+	ssize_t n;
+
+	if (count < 1 || count > QS_FDS_MAX)
+		return -EINVAL;
+	n = recvmsg(sock, &msg, MSG_CMSG_CLOEXEC);
+	if (n < 0)
+		return -errno;
+	for (cmsg = CMSG_FIRSTHDR(&msg); cmsg; cmsg = CMSG_NXTHDR(&msg, cmsg)) {
+		size_t here = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+
+		if (cmsg->cmsg_level != SOL_SOCKET || cmsg->cmsg_type != SCM_RIGHTS)
+			continue;
+		memcpy(received + got, CMSG_DATA(cmsg), here * sizeof(int));
+		got += here;
+	}
+	if (n != 1 || got != count || (msg.msg_flags & MSG_CTRUNC)) {
+		while (got)
+			close(received[--got]);
+		return -EBADMSG;
+	}
+	memcpy(fds, received, count * sizeof(int));
+	return 0;
+}
+
+int qs_capabilities_drop(void)
+{
+	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = {};
+
+	if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0)
+		return -errno;
+	return qs_result(syscall(SYS_capset, &header, none));
+}
+
+int qs_capabilities_effective(uint64_t *set)
+{
+	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = {};
+
+	if (syscall(SYS_capget, &header, data) < 0)
+		return -errno;
+	*set = (uint64_t)data[1].effective << 32 | data[0].effective;
+	return 0;
+}
+
+int qs_bpffs_mount(const char *path)
+{
+	struct statfs fs;
+
+	if (statfs(path, &fs) < 0)
+		return -errno;
+	if (fs.f_type == BPF_FS_MAGIC)
+		return 0;
+	return qs_result(mount("bpf", path, "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700"));
+}
+
+/* What libbpf says */
+
+static char qs_log[256 * 1024];
+static size_t qs_log_len;
+
+__attribute__((format(printf, 2, 0))) static int qs_log_print(enum libbpf_print_level level,
+							      const char *format, va_list args)
+{
+	size_t room = sizeof(qs_log) - qs_log_len;
+	int n;
+
+	if (level == LIBBPF_DEBUG)
+		return 0;
+	n = vsnprintf(qs_log + qs_log_len, room, format, args);
+	if (n > 0)
+		qs_log_len += (size_t)n < room ? (size_t)n : room - 1;
+	return n;
+}
+
+const char *qs_log_take(void)
+{
+	static char taken[sizeof(qs_log)];
+
+	memcpy(taken, qs_log, qs_log_len);
+	taken[qs_log_len] = '\0';
+	qs_log_len = 0;
+	return taken;
+}
+
+/* Programs */
+
+static int qs_object_open(const char *path, struct bpf_object **object)
+{
+	libbpf_set_print(qs_log_print);
+	*object = bpf_object__open_file(path, NULL);
+	return *object ? 0 : -errno;
+}
+
+static int qs_dup(int fd, int *out)
+{
+	*out = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+	return *out < 0 ? -errno : 0;
+}
+
+static int qs_only_program(struct bpf_object *object, int *fd)
+{
+	struct bpf_program *prog = bpf_object__next_program(object, NULL);
+
+	return prog ? qs_dup(bpf_program__fd(prog), fd) : -ENOENT;
+}
+
+static int qs_map(struct bpf_object *object, const char *name, int *fd)
+{
+	return qs_dup(bpf_object__find_map_fd_by_name(object, name), fd);
+}
+
+static int qs_prog_info(int fd, struct bpf_prog_info *info)
+{
+	__u32 len = sizeof(*info);
+
+	return bpf_obj_get_info_by_fd(fd, info, &len);
+}
+
+static struct bpf_map *qs_rodata(struct bpf_object *object)
+{
+	struct bpf_map *map;
+
+	bpf_object__for_each_map(map, object) {
+		const char *name = bpf_map__name(map);
+		size_t len = strlen(name), suffix = strlen(".rodata");
+
+		if (len >= suffix && !strcmp(name + len - suffix, ".rodata"))
+			return map;
+	}
+	return NULL;
+}
+
+int qs_program_load(const char *path, const struct qs_ident *ident, int bodies_fd,
+		    struct qs_program *program)
+{
+	qs_auto_object struct bpf_object *object = NULL;
+	qs_auto_close int prog = -1, config = -1, key = -1, table = -1;
+	struct bpf_prog_info info = {};
+	struct bpf_map *rodata;
+	int err;
+
+	err = qs_object_open(path, &object);
+	if (err)
+		return err;
+	rodata = qs_rodata(object);
+	if (!rodata)
+		return -EINVAL;
+	err = bpf_map__set_initial_value(rodata, ident, sizeof(*ident));
+	if (err)
+		return err;
+	if (bodies_fd >= 0) {
+		struct bpf_map *bodies = bpf_object__find_map_by_name(object, "qsteer_bodies");
+
+		err = bodies ? bpf_map__reuse_fd(bodies, bodies_fd) : -EINVAL;
+		if (err)
+			return err;
+	}
+	err = bpf_object__load(object);
+	if (err)
+		return err;
+	if ((err = qs_only_program(object, &prog)) || (err = qs_map(object, QS_MAP_CONFIG, &config)) ||
+	    (err = qs_map(object, QS_MAP_KEY, &key)) ||
+	    (err = qs_map(object, QS_MAP_TABLE, &table)) || (err = qs_prog_info(prog, &info)))
+		return err;
+	program->id = info.id;
+	program->prog_fd = qs_take(&prog);
+	program->config_fd = qs_take(&config);
+	program->key_fd = qs_take(&key);
+	program->table_fd = qs_take(&table);
+	return 0;
+}
+
+int qs_bodies_create(const char *path, int *bodies_fd)
+{
+	qs_auto_object struct bpf_object *object = NULL;
+	qs_auto_close int body = -1, bodies = -1;
+	__u32 slot = 0;
+	int err;
+
+	err = qs_object_open(path, &object);
+	if (err)
+		return err;
+	err = bpf_object__load(object);
+	if (err)
+		return err;
+	err = qs_only_program(object, &body);
+	if (err)
+		return err;
+	bodies = bpf_map_create(BPF_MAP_TYPE_PROG_ARRAY, "qsteer_bodies", sizeof(__u32),
+				sizeof(__u32), 1, NULL);
+	if (bodies < 0)
+		return bodies;
+	err = bpf_map_update_elem(bodies, &slot, &body, BPF_ANY);
+	if (err)
+		return err;
+	*bodies_fd = qs_take(&bodies);
+	return 0;
+}
+
+int qs_pin(int fd, const char *path)
+{
+	return bpf_obj_pin(fd, path);
+}
+
+int qs_pinned(const char *path, int *fd)
+{
+	int got = bpf_obj_get(path);
+
+	if (got < 0)
+		return got;
+	*fd = got;
+	return 0;
+}
+
+int qs_bodies_filled(int bodies_fd)
+{
+	__u32 slot = 0, id = 0;
+	int err = bpf_map_lookup_elem(bodies_fd, &slot, &id);
+
+	if (err == -ENOENT)
+		return 0;
+	return err ? err : id != 0;
+}
+
+int qs_program_fd(__u32 id, int *fd)
+{
+	int got = bpf_prog_get_fd_by_id(id);
+
+	if (got < 0)
+		return got;
+	*fd = got;
+	return 0;
+}
+
+int qs_map_fd(__u32 id, int *fd)
+{
+	int got = bpf_map_get_fd_by_id(id);
+
+	if (got < 0)
+		return got;
+	*fd = got;
+	return 0;
+}
+
+/* A name as the kernel keeps it: at most 15 characters. */
+static bool qs_named(const char kept[16], const char *name)
+{
+	return !strncmp(kept, name, 15);
+}
+
+static bool qs_ends_with(const char kept[16], const char *suffix)
+{
+	size_t len = strnlen(kept, 16), n = strlen(suffix);
+
+	return len >= n && !memcmp(kept + len - n, suffix, n);
+}
+
+/* What one of a program's maps says about the program. */
+static void qs_map_tells(int fd, const struct bpf_map_info *map, struct qs_program_info *out)
+{
+	struct qs_ident ident;
+	__u32 zero = 0;
+
+	if (map->type == BPF_MAP_TYPE_PROG_ARRAY) {
+		if (qs_named(map->name, "qsteer_bodies"))
+			out->bodies_id = map->id;
+		return;
+	}
+	if (map->type != BPF_MAP_TYPE_ARRAY)
+		return;
+	if (qs_named(map->name, QS_MAP_CONFIG) && map->max_entries == 1 &&
+	    map->value_size == sizeof(struct qs_rss_config))
+		out->config_id = map->id;
+	else if (qs_named(map->name, QS_MAP_KEY) && map->max_entries == 1 &&
+		 map->value_size == QS_KEY_BYTES)
+		out->key_id = map->id;
+	else if (qs_named(map->name, QS_MAP_TABLE) && map->max_entries == QS_TABLE_ENTRIES &&
+		 map->value_size == sizeof(__u16))
+		out->table_id = map->id;
+	else if (qs_ends_with(map->name, ".rodata") && map->value_size == sizeof(ident) &&
+		 (map->map_flags & BPF_F_RDONLY_PROG) && !bpf_map_lookup_elem(fd, &zero, &ident) &&
+		 ident.magic == QS_MAGIC) {
+		out->ident = ident;
+		out->has_ident = 1;
+	}
+}
+
+int qs_program_info(int prog_fd, struct qs_program_info *out)
+{
+	__u32 map_ids[16] = {};
+	struct bpf_prog_info info = { .nr_map_ids = 16, .map_ids = (__u64)map_ids };
+	struct qs_program_info result = {};
+	int err = qs_prog_info(prog_fd, &info);
+
+	if (err)
+		return err;
+	result.id = info.id;
+	result.type = info.type;
+	result.loaded_ns = info.load_time;
+	result.uid = info.created_by_uid;
+	memcpy(result.tag, info.tag, sizeof(result.tag));
+	memcpy(result.name, info.name, sizeof(result.name));
+	for (__u32 i = 0; i < info.nr_map_ids && i < 16; i++) {
+		qs_auto_close int fd = bpf_map_get_fd_by_id(map_ids[i]);
+		struct bpf_map_info map = {};
+		__u32 len = sizeof(map);
+
+		if (fd < 0)
+			return fd;
+		err = bpf_obj_get_info_by_fd(fd, &map, &len);
+		if (err)
+			return err;
+		qs_map_tells(fd, &map, &result);
+	}
+	*out = result;
+	return 0;
+}
+
+/* The key map keeps its first four bytes as a number of the host's byte order. */
+static void qs_key_swap_head(__u8 key[QS_KEY_BYTES])
+{
+	__u32 head = (__u32)key[0] << 24 | (__u32)key[1] << 16 | (__u32)key[2] << 8 | key[3];
+
+	memcpy(key, &head, sizeof(head));
+}
+
+int qs_config_read(int config_fd, int key_fd, int table_fd, struct qs_rss_config *config,
+		   __u8 key[QS_KEY_BYTES], __u16 *table)
+{
+	struct qs_rss_key raw;
+	__u32 zero = 0;
+	int err;
+
+	if ((err = bpf_map_lookup_elem(config_fd, &zero, config)) ||
+	    (err = bpf_map_lookup_elem(key_fd, &zero, &raw)))
+		return err;
+	for (__u32 i = 0; i < QS_TABLE_ENTRIES; i++) {
+		err = bpf_map_lookup_elem(table_fd, &i, &table[i]);
+		if (err)
+			return err;
+	}
+	key[0] = raw.leftmost_32_bits >> 24;
+	key[1] = raw.leftmost_32_bits >> 16;
+	key[2] = raw.leftmost_32_bits >> 8;
+	key[3] = raw.leftmost_32_bits;
+	memcpy(key + 4, raw.rest, sizeof(raw.rest));
+	return 0;
+}
+
+int qs_config_write(int config_fd, int key_fd, int table_fd, const struct qs_rss_config *config,
+		    const __u8 key[QS_KEY_BYTES], const __u16 *table)
+{
+	__u8 raw[QS_KEY_BYTES];
+	__u32 zero = 0;
+	int err;
+
+	memcpy(raw, key, sizeof(raw));
+	qs_key_swap_head(raw);
+	err = bpf_map_update_elem(key_fd, &zero, raw, BPF_ANY);
+	if (err)
+		return err;
+	for (__u32 i = 0; i < QS_TABLE_ENTRIES; i++) {
+		err = bpf_map_update_elem(table_fd, &i, &table[i], BPF_ANY);
+		if (err)
+			return err;
+	}
+	return bpf_map_update_elem(config_fd, &zero, config, BPF_ANY);
+}
+
+int qs_program_run(int prog_fd, const void *packet, __u32 len, __u32 repeat, __u32 *answer,
+		   __u32 *cb_left, __u32 *duration_ns)
+{
+	struct __sk_buff before = {}, after = {};
+	LIBBPF_OPTS(bpf_test_run_opts, opts, .data_in = packet, .data_size_in = len,
+		    .ctx_in = &before, .ctx_size_in = sizeof(before), .ctx_out = &after,
+		    .ctx_size_out = sizeof(after), .repeat = repeat);
+	int err = bpf_prog_test_run_opts(prog_fd, &opts);
+
+	if (err)
+		return err;
+	*answer = opts.retval;
+	*cb_left = 0;
+	for (size_t i = 0; i < sizeof(after.cb) / sizeof(after.cb[0]); i++)
+		*cb_left |= after.cb[i] != 0;
+	*duration_ns = opts.duration;
+	return 0;
+}
+
+/* What is attached */
+
+/* One run of the iterator, over one process or (pid 0) all; records go to *queues if that is given. */
+static int qs_iterate(struct bpf_program *prog, pid_t pid, struct qs_queue **queues, size_t *count)
+{
+	union bpf_iter_link_info info = { .task.pid = pid };
+	LIBBPF_OPTS(bpf_iter_attach_opts, opts, .link_info = &info, .link_info_len = sizeof(info));
+	struct bpf_link *link = bpf_program__attach_iter(prog, pid ? &opts : NULL);
+	qs_auto_close int iter = -1;
+	size_t used = 0, room = 0;
+	char *bytes = NULL;
+	int err = 0;
+
+	if (!link)
+		return -errno;
+	iter = bpf_iter_create(bpf_link__fd(link));
+	bpf_link__destroy(link);
+	if (iter < 0)
+		return iter;
+	for (;;) {
+		ssize_t n;
+
+		if (used == room) {
+			char *more = realloc(bytes, room + 64 * 1024);
+
+			if (!more) {
+				err = -ENOMEM;
+				break;
+			}
+			bytes = more;
+			room += 64 * 1024;
+		}
+		n = read(iter, bytes + used, room - used);
+		if (n < 0 && (errno == EAGAIN || errno == EINTR))
+			continue;
+		if (n < 0)
+			err = -errno;
+		if (n <= 0)
+			break;
+		used += n;
+	}
+	if (err || !queues) {
+		free(bytes);
+		return err;
+	}
+	*queues = (struct qs_queue *)bytes;
+	*count = used / sizeof(struct qs_queue);
+	return 0;
+}
+
+int qs_tun_queues(const char *path, struct qs_queue **queues, size_t *count)
+{
+	qs_auto_object struct bpf_object *object = NULL;
+	qs_auto_close int tun = open("/dev/net/tun", O_RDWR | O_CLOEXEC);
+	struct bpf_program *prog;
+	struct bpf_map *rodata;
+	__u32 learner = tun;
+	int err;
+
+	if (tun < 0)
+		return -errno;
+	err = qs_object_open(path, &object);
+	if (err)
+		return err;
+	prog = bpf_object__next_program(object, NULL);
+	rodata = qs_rodata(object);
+	if (!prog || !rodata)
+		return -EINVAL;
+	if ((err = bpf_map__set_initial_value(rodata, &learner, sizeof(learner))) ||
+	    (err = bpf_object__load(object)) || (err = qs_iterate(prog, getpid(), NULL, NULL)))
+		return err;
+	return qs_iterate(prog, 0, queues, count);
+}
+
+void qs_free(void *memory)
+{
+	free(memory);
+}

@@ -1,0 +1,109 @@
+/* SPDX-License-Identifier: BSD-2-Clause */
+/*
+ * The thin layer between Python and the kernel: tun ioctls, fds over SCM_RIGHTS, pidfd_getfd,
+ * capabilities, and the libbpf calls that qsteer needs.
+ *
+ * Every function that can fail returns 0 or a negative errno; what it gives comes last, through
+ * pointers, and is untouched on failure.  Every fd that is given is close-on-exec and the caller's.
+ */
+#ifndef QS_SHIM_H
+#define QS_SHIM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "bpf/abi.h"
+
+/* tun/tap: drivers/net/tun.c, Documentation/networking/tuntap.rst */
+
+/*
+ * Open one queue of a multi-queue tap with a virtio-net header.  With exclusive, a device of that
+ * name that exists already is EBUSY; an empty name lets the kernel choose.  name takes the result.
+ */
+int qs_tap_open(char name[16], int exclusive, int *fd);
+/* The device that a queue fd belongs to; -EBADFD when it belongs to none. */
+int qs_tap_name(int fd, char name[16]);
+/* Attach a steering program to the fd's device. */
+int qs_steering_attach(int fd, int prog_fd);
+/* Take any steering program off the fd's device. */
+int qs_steering_detach(int fd);
+
+/* Processes and privileges */
+
+int qs_pidfd_getfd(int pidfd, int target, int *fd);
+/* Send count fds and one byte over a unix socket; count is at most 16. */
+int qs_fds_send(int sock, const int *fds, size_t count);
+/* Receive exactly count fds; -EBADMSG, and none kept, if the message carries another number. */
+int qs_fds_receive(int sock, int *fds, size_t count);
+/* Empty the ambient, inheritable, permitted and effective capability sets of this process. */
+int qs_capabilities_drop(void);
+/* The effective capability set, bit n for CAP number n. */
+int qs_capabilities_effective(uint64_t *set);
+/* Mount a BPF file system on path unless there is one. */
+int qs_bpffs_mount(const char *path);
+
+/* Programs */
+
+struct qs_program {
+	int prog_fd;
+	int config_fd;
+	int key_fd;
+	int table_fd;
+	__u32 id;
+};
+
+/*
+ * Load a tap's program from an object file (tap_stub or tap_complete): its own three maps, its
+ * identity in frozen rodata; bodies_fd is the prog_array of the shared body, or -1.
+ */
+int qs_program_load(const char *object, const struct qs_ident *ident, int bodies_fd,
+		    struct qs_program *program);
+/* Load the shared body into a new prog_array. */
+int qs_bodies_create(const char *object, int *bodies_fd);
+/* Pin, and get what is pinned. */
+int qs_pin(int fd, const char *path);
+int qs_pinned(const char *path, int *fd);
+/* Whether the prog_array of the shared body is filled: 1, 0 or a negative errno. */
+int qs_bodies_filled(int bodies_fd);
+
+/* What libbpf and the verifier said since the last call, newest last; for this process. */
+const char *qs_log_take(void);
+
+struct qs_program_info {
+	__u32 id;
+	__u32 type;
+	__u32 config_id; /* ids of the maps with QEMU's names and sizes, or 0 */
+	__u32 key_id;
+	__u32 table_id;
+	__u32 bodies_id; /* id of the prog_array that a stub calls into, or 0 */
+	__u64 loaded_ns; /* after boot */
+	__u32 uid;
+	__u32 has_ident;
+	__u8 tag[8];
+	char name[16];
+	struct qs_ident ident;
+};
+
+int qs_program_fd(__u32 id, int *fd);
+int qs_program_info(int prog_fd, struct qs_program_info *info);
+int qs_map_fd(__u32 id, int *fd);
+
+/* The configuration in a program's maps; table has QS_TABLE_ENTRIES entries. */
+int qs_config_read(int config_fd, int key_fd, int table_fd, struct qs_rss_config *config,
+		   __u8 key[QS_KEY_BYTES], __u16 *table);
+/* Key, then table, then config: nothing is steered by halves before a program is attached. */
+int qs_config_write(int config_fd, int key_fd, int table_fd, const struct qs_rss_config *config,
+		    const __u8 key[QS_KEY_BYTES], const __u16 *table);
+
+/*
+ * Run a program on a packet that starts at the Ethernet header.  repeat times; answer is its
+ * return value, cb_left 1 if it left anything in skb->cb, and duration_ns the kernel's average.
+ */
+int qs_program_run(int prog_fd, const void *packet, __u32 len, __u32 repeat, __u32 *answer,
+		   __u32 *cb_left, __u32 *duration_ns);
+
+/* Every open queue of every tun device of the host, all processes and network namespaces. */
+int qs_tun_queues(const char *object, struct qs_queue **queues, size_t *count);
+void qs_free(void *memory);
+
+#endif

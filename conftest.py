@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What every floor of the tests shares: who is root, and what a skip means.
+
+With QSTEER_STRICT=1 in the environment a test that would be skipped fails instead, with the reason; a run that is green
+has then run everything.
+"""
+
+import os
+from collections.abc import Generator
+from typing import TypeVar
+
+import pytest
+
+STRICT = os.environ.get("QSTEER_STRICT", "0") not in ("", "0")
+
+ReportT = TypeVar("ReportT", pytest.TestReport, pytest.CollectReport)
+
+
+def skip_unless_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("not root (make test takes care of it)")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("root"):
+        skip_unless_root()
+
+
+@pytest.fixture
+def need_root() -> None:
+    """For other fixtures, what the marker ``root`` is for tests: a skip unless this is root."""
+    skip_unless_root()
+
+
+def without_skip(report: ReportT) -> ReportT:
+    """The report of a skip as one of a failure, if skips are failures; an expected failure is neither."""
+    if STRICT and report.outcome == "skipped" and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        report.outcome = "failed"
+        report.longrepr = f"{report.nodeid}: {reason} (QSTEER_STRICT makes a skip a failure)"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return without_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return without_skip((yield))

@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What the integration tests and the demo need on a Debian 12 or 13, made once and kept under build/.
+
+- Debian packages of a few tools, installed if missing (the only thing that is installed, and that needs root);
+- a guest: the Debian cloud kernel (unpacked, never installed) and an initramfs of busybox, ethtool, the virtio modules
+  and guest/;
+- a QEMU of 9.0 or later that hands out its eBPF program (``request-ebpf``): the installed one if it will do, else one
+  unpacked under build/qemu (see apt.py), which replaces nothing.
+
+Standard library only, so that ``python3 integration/provision.py`` works before anything is installed.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: the checkout is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from integration import apt
+from integration.apt import ProvisionError, run, say
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+BUILD = CHECKOUT / "build"
+GUEST_SOURCES = Path(__file__).resolve().parent / "guest"
+
+PACKAGES = ("busybox-static", "cpio", "ethtool", "gcc", "iproute2", "kmod", "libc6-dev", "xz-utils", "zstd")
+KERNEL_PACKAGE = "linux-image-cloud-amd64"
+QEMU_PACKAGE = "qemu-system-x86"
+QEMU_COMMAND = "qemu-system-x86_64"
+QEMU_OLDEST = (9, 0)
+"""The first version with ``ebpf-rss-fds`` and ``request-ebpf``."""
+GUEST_MODULES = ("virtio_pci", "virtio_net", "af_packet")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provisioned:
+    """Files on this machine.  ``flowrx`` is the helper that the guest has too; it watches the host's side of a tap."""
+
+    kernel: Path
+    initramfs: Path
+    qemu: Path
+    qemu_version: str
+    flowrx: Path
+
+
+def provision() -> Provisioned:
+    """Make what is not there yet.  Raises ProvisionError."""
+    umask = os.umask(0o022)  # an unprivileged QEMU reads what is made here
+    try:
+        BUILD.mkdir(exist_ok=True)
+        apt.install_packages(PACKAGES)
+        kernel = _kernel()
+        flowrx = _flowrx()
+        initramfs = _initramfs(kernel, flowrx)
+        qemu = _qemu()
+        return Provisioned(
+            kernel=kernel, initramfs=initramfs, qemu=qemu, qemu_version=_identity(qemu).version_text, flowrx=flowrx
+        )
+    finally:
+        os.umask(umask)
+
+
+def provision_old_qemu() -> Path | None:
+    """A QEMU older than 9.0 where the distribution has one (Debian 12), for the refusal of such; else None."""
+    installed = _installed_qemu()
+    if installed and _identity(installed).version < QEMU_OLDEST:
+        return installed
+    wrapper = BUILD / "qemu-old" / QEMU_COMMAND
+    if _works(wrapper):
+        return wrapper
+    apt.refresh_lists(QEMU_PACKAGE)
+    if _upstream(apt.candidate(QEMU_PACKAGE)) >= QEMU_OLDEST:
+        return None
+    return _unpack_qemu(wrapper, suite="")
+
+
+@contextlib.contextmanager
+def readable_by(user: str, files: Provisioned) -> Iterator[Provisioned]:
+    """The same files where ``user`` can read them: as they are, or linked into a folder that goes away at the end.
+
+    A checkout under /root, say, is closed to an ordinary user.
+    """
+
+    def closed(path: Path) -> bool:
+        return bool(subprocess.run(["setpriv", "--reuid", user, "--clear-groups", "test", "-r", path]).returncode)
+
+    if not any(closed(path) for path in (files.kernel, files.initramfs, files.qemu)):
+        yield files
+        return
+    with tempfile.TemporaryDirectory(prefix="qsteer-", dir="/var/tmp") as name:
+        stage = Path(name)
+        stage.chmod(0o755)
+        qemu = files.qemu
+        if qemu.is_relative_to(BUILD):
+            shutil.copytree(qemu.parent, stage / "qemu", symlinks=True, copy_function=_link_or_copy)
+            qemu = stage / "qemu" / qemu.name
+        kernel = _link_or_copy(files.kernel, stage / "kernel")
+        initramfs = _link_or_copy(files.initramfs, stage / "initramfs")
+        yield replace(files, kernel=kernel, initramfs=initramfs, qemu=qemu)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> Path:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # another file system
+        shutil.copy2(source, target, follow_symlinks=False)
+    return Path(target)
+
+
+# The guest
+
+
+def _kernel() -> Path:
+    """The cloud kernel's image; its modules lie beside it in the unpacked package."""
+    root = BUILD / "kernel"
+    if found := sorted(root.glob("boot/vmlinuz-*")):
+        return found[-1]
+    apt.refresh_lists(KERNEL_PACKAGE)
+    real = re.search(r"Depends: (linux-image-\d\S*)", run("apt-cache", "depends", KERNEL_PACKAGE))
+    if not real:
+        raise ProvisionError(f"{KERNEL_PACKAGE} depends on no kernel image")
+    say(f"downloading the guest's kernel, {real[1]}")
+    partial = BUILD / "kernel.partial"
+    archive = apt.download(real[1], BUILD / "download")
+    apt.unpack((archive,), partial)
+    shutil.rmtree(archive.parent)
+    shutil.rmtree(root, ignore_errors=True)
+    partial.rename(root)
+    return max(root.glob("boot/vmlinuz-*"))
+
+
+def _flowrx() -> Path:
+    source = GUEST_SOURCES / "flowrx.c"
+    binary = BUILD / f"flowrx-{_digest(source)}"
+    if not binary.exists():
+        partial = binary.with_suffix(".partial")
+        run("gcc", "-std=gnu11", "-O2", "-static", "-Wall", "-Wextra", "-Werror", "-o", partial, source)
+        _replace(partial, binary, others="flowrx-*")
+    return binary
+
+
+def _initramfs(kernel: Path, flowrx: Path) -> Path:
+    """Named after what is in it, so that a change makes a new one."""
+    archive = BUILD / f"initramfs-{_digest(GUEST_SOURCES / 'init', Path(__file__), kernel, flowrx)}.cpio"
+    if archive.exists():
+        return archive
+    say("making the guest's initramfs")
+    with tempfile.TemporaryDirectory(dir=BUILD) as name:
+        root = Path(name)
+        for folder in ("bin", "dev", "modules", "proc", "sys", "tmp"):
+            (root / folder).mkdir()
+        ethtool = _tool("ethtool")
+        files = {
+            "init": GUEST_SOURCES / "init",
+            "bin/busybox": _tool("busybox"),
+            "bin/ethtool": ethtool,
+            "bin/flowrx": flowrx,
+        }
+        libraries = re.findall(r"(/\S+) \(0x", run("ldd", ethtool))
+        for target, source in files.items() | {library.lstrip("/"): Path(library) for library in libraries}.items():
+            (root / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, root / target)
+            (root / target).chmod(0o755)
+        modules = _modules(kernel)
+        for module in modules:
+            (root / "modules" / _module_name(module)).write_bytes(_unpacked(module))
+        (root / "modules" / "order").write_text("".join(f"{_module_name(module)}\n" for module in modules))
+        run("sh", "-c", f"find . | cpio --quiet -o -H newc -R 0:0 > '{archive}.partial'", cwd=root)
+    _replace(Path(f"{archive}.partial"), archive, others="initramfs-*")
+    return archive
+
+
+def _replace(partial: Path, final: Path, *, others: str) -> None:
+    """Give a file that is complete its name, and take its predecessors away."""
+    for old in BUILD.glob(others):
+        if old != partial:
+            old.unlink()
+    partial.rename(final)
+
+
+def _tool(name: str) -> Path:
+    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if not path:
+        raise ProvisionError(f"{name} is not on this machine, although its package is installed")
+    return Path(path)
+
+
+def _modules(kernel: Path) -> tuple[Path, ...]:
+    """GUEST_MODULES and what they need, in the order of loading; what the kernel has built in is left out."""
+    by_name = {_module_name(path): path for path in kernel.parent.parent.rglob("*.ko*")}
+    ordered: dict[str, Path] = {}
+
+    def add(name: str) -> None:
+        path = by_name.get(name)
+        if path is None or name in ordered:
+            return
+        for needed in run(_tool("modinfo"), "-F", "depends", path).strip().split(","):
+            add(needed)
+        ordered[name] = path
+
+    for name in GUEST_MODULES:
+        add(name)
+    return tuple(ordered.values())
+
+
+def _module_name(path: Path) -> str:
+    return path.name.partition(".")[0].replace("-", "_")
+
+
+def _unpacked(module: Path) -> bytes:
+    """A module's ELF image; Debian 13 compresses modules, and busybox's insmod wants them plain."""
+    unpackers = {".xz": "xz", ".zst": "zstd"}
+    if module.suffix not in unpackers:
+        return module.read_bytes()
+    return subprocess.run([unpackers[module.suffix], "-dc", module], check=True, capture_output=True).stdout
+
+
+def _digest(*paths: Path) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+# QEMU
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Identity:
+    version: tuple[int, ...]
+    version_text: str
+    has_ebpf: bool
+
+    @property
+    def suits(self) -> bool:
+        return self.version >= QEMU_OLDEST and self.has_ebpf
+
+
+def _qemu() -> Path:
+    installed = _installed_qemu()
+    if installed and _identity(installed).suits:
+        return installed
+    wrapper = BUILD / "qemu" / QEMU_COMMAND
+    if _works(wrapper):
+        return wrapper
+    apt.refresh_lists(QEMU_PACKAGE)
+    available = apt.candidate(QEMU_PACKAGE)
+    new_enough = _upstream(available) >= QEMU_OLDEST
+    if not installed and new_enough and os.geteuid() == 0:
+        apt.install_packages((QEMU_PACKAGE,))
+        return _tool(QEMU_COMMAND)
+    has = f"{installed} is {_identity(installed).version_text}" if installed else f"the distribution has {available}"
+    suite = "" if new_enough else f"{apt.codename()}-backports"
+    say(f"QEMU 9.0 or later is needed, {has}: unpacking one from {suite or apt.codename()} under {wrapper.parent},")
+    say("which takes some 100 MB there and changes neither the installed packages nor apt's sources")
+    _ask("go on?")
+    return _unpack_qemu(wrapper, suite=suite)
+
+
+def _ask(question: str) -> None:
+    """Raise ProvisionError on a no; YES=1 answers, and so does an input that is no terminal."""
+    if os.environ.get("YES", "") in ("", "0") and sys.stdin.isatty():
+        answer = input(f"provision: {question} [Y/n] ").strip().lower()
+        if answer not in ("", "y", "yes"):
+            raise ProvisionError("nothing was changed")
+
+
+def _installed_qemu() -> Path | None:
+    found = shutil.which(QEMU_COMMAND)
+    return Path(found) if found else None
+
+
+def _works(wrapper: Path) -> bool:
+    """Whether an unpacked QEMU starts: libraries that the system had when it was unpacked may have gone."""
+    return wrapper.exists() and not subprocess.run([wrapper, "--version"], capture_output=True).returncode
+
+
+def _upstream(debian_version: str) -> tuple[int, ...]:
+    """``1:10.0.2+ds-2`` as (10, 0, 2)."""
+    found = re.match(r"(?:\d+:)?(\d+(?:\.\d+)*)", debian_version)
+    return tuple(int(part) for part in found[1].split(".")) if found else ()
+
+
+def _unpack_qemu(wrapper: Path, *, suite: str) -> Path:
+    home = wrapper.parent
+    shutil.rmtree(home, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=BUILD, prefix="apt-") as name:
+        archives = apt.PrivateApt(Path(name), extra_suite=suite).fetch(QEMU_PACKAGE, suite=suite)
+        apt.unpack(archives, home / "root")
+    # exec: the pid that was started is QEMU's.  Debian's QEMU looks for firmware under /usr by absolute path.
+    wrapper.write_text(
+        "#!/bin/sh\n"
+        "# SPDX-License-Identifier: BSD-2-Clause\n"
+        "# An unpacked QEMU with the libraries and the firmware that came with it.\n"
+        'root=$(dirname -- "$0")/root\n'
+        'export LD_LIBRARY_PATH="$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu"\n'
+        'export QEMU_MODULE_DIR="$root/usr/lib/x86_64-linux-gnu/qemu"\n'
+        f'exec "$root/usr/bin/{QEMU_COMMAND}" \\\n'
+        '    -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" -L "$root/usr/lib/ipxe/qemu" "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    if not _works(wrapper):
+        raise ProvisionError(f"the unpacked QEMU does not start: {run(wrapper, '--version')}")
+    return wrapper
+
+
+@functools.cache
+def _identity(qemu: Path) -> _Identity:
+    """What a QEMU says of itself over QMP; ``request-ebpf`` answers only where it is built with libbpf."""
+    orders = (
+        {"execute": "qmp_capabilities"},
+        {"execute": "request-ebpf", "arguments": {"id": "rss"}},
+        {"execute": "quit"},
+    )
+    argv = [str(qemu), "-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"]
+    text = "\n".join(json.dumps(order) for order in orders)
+    try:
+        done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=30)
+        answers = [json.loads(line) for line in done.stdout.splitlines()]
+        greeting = answers[0]["QMP"]["version"]["qemu"]
+    except (OSError, subprocess.TimeoutExpired, ValueError, LookupError) as error:
+        raise ProvisionError(f"{qemu} does not answer over QMP: {error}") from None
+    version = (greeting["major"], greeting["minor"], greeting["micro"])
+    return _Identity(
+        version=version,
+        version_text=".".join(str(part) for part in version),
+        has_ebpf=any("object" in answer.get("return", {}) for answer in answers),
+    )
+
+
+def main() -> int:
+    try:
+        files = provision()
+    except ProvisionError as error:
+        print(f"provision: {error}", file=sys.stderr)
+        return 1
+    say(f"ready: QEMU {files.qemu_version} ({files.qemu}), guest {files.kernel.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

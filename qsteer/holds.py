@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Holds: ``qsteer off`` means off until the next ``apply`` or the VM's end.
+
+A hold is intent, so it is stored: one small file per tap, which names the process that held the tap.  A hold whose
+process is gone (or whose pid belongs to another process by now) counts for nothing.
+"""
+
+import contextlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qsteer import procs
+from qsteer.errors import from_errno
+
+RUNTIME = Path("/run/qsteer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """``started`` (clock ticks after boot) makes the pid unique."""
+
+    tap: str
+    pid: int
+    started: int
+
+    def is_of(self, pid: int) -> bool:
+        """Whether a process is the one, still running, that had the tap when the hold was made."""
+        process = procs.read(pid) if pid == self.pid else None
+        return bool(process and process.started == self.started)
+
+
+def _path(netns: int, ifindex: int) -> Path:
+    return RUNTIME / "holds" / f"{netns}-{ifindex}"
+
+
+def find(*, netns: int, ifindex: int, name: str) -> Hold | None:
+    """The hold on a tap, if there is one; a file that does not make sense is none."""
+    try:
+        hold = Hold(**json.loads(_path(netns, ifindex).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return hold if hold.tap == name else None
+
+
+def put(hold: Hold, *, netns: int, ifindex: int) -> None:
+    """Store a hold, in one step.  Raises QsteerError."""
+    path = _path(netns, ifindex)
+    try:
+        RUNTIME.mkdir(mode=0o755, exist_ok=True)
+        path.parent.mkdir(mode=0o755, exist_ok=True)
+        _forget_ended(path.parent)
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(asdict(hold)) + "\n")
+        new.replace(path)
+    except OSError as error:
+        raise from_errno(error.errno or 0, f"cannot store the hold in {path}") from None
+
+
+def remove(*, netns: int, ifindex: int) -> None:
+    """Forget the hold on a tap.  Raises QsteerError."""
+    try:
+        _path(netns, ifindex).unlink(missing_ok=True)
+    except OSError as error:
+        raise from_errno(error.errno or 0, f"cannot remove the hold {_path(netns, ifindex)}") from None
+
+
+def _forget_ended(directory: Path) -> None:
+    for path in directory.iterdir():
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            hold = Hold(**json.loads(path.read_text()))
+            if not hold.is_of(hold.pid):
+                path.unlink()

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""QEMU's monitor protocol: ask a QEMU binary what it can do, and a running QEMU one thing.
+
+Theory of operation
+===================
+
+qemu.qmp and asyncio stay in here and are imported when first needed; callers see functions that return or raise.
+
+``probe`` starts the binary with no machine, no devices and none of its configuration, and talks to it over one end of a
+socket pair; the other end is, but for the standard streams, the only thing that QEMU inherits.  It is a program of
+the user's choice, so it runs as the user that the VM will run as, is given a time limit, and is always ended, together
+with whatever it started (it leads a process group of its own).  Should qsteer be killed in the middle, the kernel ends
+it: the last writer of a pipe gone is a signal to that group.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from qsteer.errors import BusyError, QsteerError, UnsupportedError, from_errno
+
+if TYPE_CHECKING:
+    from qemu.qmp import QMPClient
+
+PROBE_TIMEOUT_S = 20.0
+"""Long enough for a cold start on a busy host; a QEMU without a machine is there in a tenth of a second."""
+
+_STDERR_MAX = 4096
+_DISCONNECT_TIMEOUT_S = 1.0
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QemuProbe:
+    """What a QEMU binary can do.
+
+    ``version`` is (major, minor, micro).  ``libbpf`` says whether QEMU was built with libbpf (``request-ebpf``
+    answers); without it a steering program cannot be attached.  ``properties`` holds, per driver that this QEMU knows,
+    the type of each property by its name, from ``device-list-properties``.
+    """
+
+    version: tuple[int, int, int]
+    libbpf: bool
+    properties: Mapping[str, Mapping[str, str]]
+
+    @property
+    def version_text(self) -> str:
+        return ".".join(map(str, self.version))
+
+
+def probe(binary: str, *, drivers: Iterable[str], become: Callable[[], None] | None = None) -> QemuProbe:
+    """Start ``binary`` without a machine and ask what it can do; ``drivers`` are those whose properties to list.
+
+    ``become`` is called in the child before QEMU runs, to take on the VM's user.  Raises UnsupportedError if the binary
+    does not answer as QEMU, with the first line of what it printed.
+    """
+    ours, theirs = socket.socketpair()
+    lifeline, held = os.pipe()
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, held)
+        stack.enter_context(ours)
+        with theirs, contextlib.ExitStack() as child_only:
+            child_only.callback(os.close, lifeline)
+            child = _start(binary, theirs.fileno(), lifeline, become)
+            stack.callback(_end, child)
+        try:
+            return _run(ours, lambda client: _ask(client, drivers), PROBE_TIMEOUT_S)
+        except TimeoutError:
+            raise UnsupportedError(f'"{binary}" does not answer as QEMU within {PROBE_TIMEOUT_S:g} s') from None
+        except _failures() as error:
+            raise UnsupportedError(f'"{binary}" does not run as QEMU: {_first_line(child) or _reason(error)}') from None
+
+
+def execute(
+    address: str | socket.socket,
+    command: str,
+    arguments: Mapping[str, object] | None = None,
+    timeout_s: float = 5.0,
+) -> object:
+    """One command on the QMP socket of a running VM: connect, negotiate, execute, disconnect.  Returns QEMU's answer.
+
+    ``address`` is a path, or a stream socket that is connected already (and is closed).  Raises BusyError if QEMU does
+    not answer in time (a monitor serves one client at a time), QsteerError if it refuses the command, and what the
+    errno says if it cannot be reached.
+    """
+    where = address if isinstance(address, str) else "the given socket"
+    arguments = dict(arguments or {})
+    try:
+        return _run(address, lambda client: client.execute(command, arguments), timeout_s)
+    except TimeoutError:
+        raise BusyError(
+            f"QEMU at {where} does not answer within {timeout_s:g} s", hint="another client may hold that monitor"
+        ) from None
+    except _failures() as error:
+        cause = getattr(error, "exc", error)
+        if isinstance(cause, OSError) and cause.errno:
+            raise from_errno(cause.errno, f"cannot reach QEMU at {where}") from None
+        raise QsteerError(f"QEMU at {where} did not do {command}: {_reason(error)}") from None
+
+
+def _start(binary: str, qmp_fd: int, lifeline: int, become: Callable[[], None] | None) -> subprocess.Popen[bytes]:
+    def prepare() -> None:
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
+        if become:
+            become()
+
+    plain = ("-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S")
+    monitor = ("-chardev", f"socket,id=qsteer,fd={qmp_fd}", "-mon", "chardev=qsteer,mode=control")
+    try:
+        return subprocess.Popen(
+            (binary, *plain, *monitor),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(qmp_fd, lifeline),
+            start_new_session=True,
+            preexec_fn=prepare,
+        )
+    except OSError as error:
+        raise from_errno(error.errno or 0, f'cannot run "{binary}"') from None
+    except subprocess.SubprocessError:
+        raise QsteerError(f'cannot become the VM\'s user to run "{binary}"') from None
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    # Not yet waited for, so the group still is the child's own, whether it lives or not.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    if child.stderr:
+        child.stderr.close()
+
+
+def _first_line(child: subprocess.Popen[bytes]) -> str:
+    """The first line that the child has written to its stderr, if any."""
+    if not child.stderr or not select.select((child.stderr,), (), (), _DISCONNECT_TIMEOUT_S)[0]:
+        return ""
+    text = os.read(child.stderr.fileno(), _STDERR_MAX).decode("utf-8", "replace")
+    return _line(text)
+
+
+def _line(text: str) -> str:
+    """The first line of what another process said, as one may print it."""
+    lines = text.strip().splitlines()
+    return "".join(character if character.isprintable() else "?" for character in lines[0][:300]) if lines else ""
+
+
+def _reason(error: BaseException) -> str:
+    cause = getattr(error, "exc", error)
+    if isinstance(cause, EOFError):
+        return "it closed the monitor"
+    return _line(str(cause)) or type(cause).__name__
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What qemu.qmp raises when the other side goes away, or does not speak QMP."""
+    from qemu.qmp import QMPError
+
+    return (QMPError, OSError, EOFError)
+
+
+def _run(
+    address: str | socket.socket, exchange: Callable[["QMPClient"], Awaitable[_Answer]], timeout_s: float
+) -> _Answer:
+    import asyncio
+
+    from qemu.qmp import QMPClient
+
+    async def session() -> _Answer:
+        client = QMPClient("qsteer")
+        async with asyncio.timeout(timeout_s):
+            await client.connect(address)
+            try:
+                return await exchange(client)
+            finally:
+                # Why a session ended is in what the exchange raised; to leave one must not take longer than that.
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(client.disconnect(), _DISCONNECT_TIMEOUT_S)
+
+    return asyncio.run(session())
+
+
+async def _ask(client: "QMPClient", drivers: Iterable[str]) -> QemuProbe:
+    from qemu.qmp import ExecuteError, QMPError
+
+    if client.greeting is None:
+        raise QMPError("no greeting")
+    properties: dict[str, Mapping[str, str]] = {}
+    for driver in dict.fromkeys(drivers):
+        # A driver that this QEMU, or this architecture, does not have is refused.
+        with contextlib.suppress(ExecuteError):
+            properties[driver] = _types(await client.execute("device-list-properties", {"typename": driver}))
+    libbpf = False
+    with contextlib.suppress(ExecuteError):
+        await client.execute("request-ebpf", {"id": "rss"})
+        libbpf = True
+    return QemuProbe(version=_version(client.greeting.QMP.version), libbpf=libbpf, properties=properties)
+
+
+def _types(reply: object) -> Mapping[str, str]:
+    members = reply if isinstance(reply, list) else []
+    return {
+        member["name"]: member["type"]
+        for member in members
+        if isinstance(member, dict) and isinstance(member.get("name"), str) and isinstance(member.get("type"), str)
+    }
+
+
+def _version(version: Mapping[str, object]) -> tuple[int, int, int]:
+    from qemu.qmp import QMPError
+
+    qemu = version.get("qemu")
+    numbers = [qemu.get(part) for part in ("major", "minor", "micro")] if isinstance(qemu, dict) else []
+    match numbers:
+        case [int(major), int(minor), int(micro)]:
+            return major, minor, micro
+    raise QMPError(f"a version that is none: {json.dumps(version)}")

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""``qsteer run``: make the taps, load their programs, and become QEMU.
+
+Theory of operation
+===================
+
+What is to be done is decided in ``runplan``; here the host is looked at, and the plan is carried out.  Nothing that is
+made outlives the process that holds it: a tap goes with its last queue fd, a program with its last fd.  So a failure at
+any step leaves nothing behind, and so does the death of qsteer, or of the QEMU that it has become.
+
+QEMU inherits the fds that stand on its command line, and what the caller of qsteer gave.  It runs as the user that was
+asked for, with empty capability sets, and so does the QEMU that is asked beforehand what it can do.
+"""
+
+import contextlib
+import os
+import pwd
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from qsteer import kernel, qemuargs, qmp, runplan
+from qsteer.errors import PermissionDeniedError, QsteerError, UsageError, from_errno
+from qsteer.runplan import Nic, NicHandles, RunPlan, TapSpec
+
+VHOST_NET = Path("/dev/vhost-net")
+MACHINE_ID = Path("/etc/machine-id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """The user that QEMU is to run as, with the groups that the user is in."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    home: str
+
+
+def run(*, vm: str | None, taps: Sequence[str], user: str | None, dry_run: bool, command: Sequence[str]) -> int:
+    """Start QEMU with NICs that are steered.  Returns 0 after a dry run; otherwise this process becomes QEMU.
+
+    ``taps`` are the values of --tap, ``command`` is QEMU's argv, ``user`` None where --user is not given.  Raises
+    QsteerError.
+    """
+    from qsteer import links
+
+    specs = runplan.parse_taps(taps)
+    if not specs:
+        raise UsageError("run wants a --tap", hint="such as --tap id=net0,queues=4")
+    if not command:
+        raise UsageError("run wants QEMU's command line", hint="qsteer run --tap ... -- qemu-system-x86_64 ...")
+    identity = _identity(user)
+    binary = shutil.which(command[0])
+    if binary is None:
+        raise UsageError(f'there is no program "{command[0]}"')
+    mtus = {spec.bridge: links.bridge(spec.bridge).mtu for spec in specs if spec.bridge}
+    for spec in specs:
+        if spec.ifname and links.find(spec.ifname):
+            raise QsteerError(
+                f'the name "{spec.ifname}" is in use by another network device', hint="choose another ifname="
+            )
+
+    probe = qmp.probe(binary, drivers=runplan.drivers_of(qemuargs.parse(command)), become=lambda: _become(identity))
+    plan = runplan.make_plan(specs=specs, command=command, probe=probe, vm=vm, vhost_available=VHOST_NET.exists())
+    for pid, uid in _running(plan.vm) if plan.vm else ():
+        raise QsteerError(f'a VM named "{plan.vm}" runs already: process {pid} of uid {uid}')
+
+    if not dry_run:
+        _execute(plan, binary, identity, mtus)
+    print(_dry_run(plan, mtus, identity))
+    return 0
+
+
+def _execute(plan: RunPlan, binary: str, identity: Identity | None, mtus: Mapping[str, int]) -> NoReturn:
+    with contextlib.ExitStack() as stack:
+        taps: list[kernel.OpenTap] = []
+        for nic in plan.nics:
+            taps.append(kernel.open_tap(nic.spec.ifname, nic.spec.queues))
+            stack.callback(taps[-1].close)
+        vm = plan.vm or taps[0].name
+        rows: list[tuple[str, ...]] = [("NIC", "TAP", "QUEUES", "MAC", "VHOST", "BRIDGE", "PROGRAM")]
+        handles: list[NicHandles] = []
+        passed: list[int] = []
+        for nic, tap in zip(plan.nics, taps, strict=True):
+            mac = nic.mac or runplan.stable_mac(vm, nic.spec.id, _machine_id())
+            _set_up_link(tap.name, nic.spec, mac, mtus)
+            program = _load_program(tap.name, stack) if nic.steered else None
+            program_fds = program.fds if program else ()
+            vhost_fds = _open_vhost(nic.spec.queues, stack) if nic.vhost else ()
+            passed += (*tap.fds, *vhost_fds, *program_fds)
+            handles.append(
+                NicHandles(
+                    queue_fds=tuple(map(str, tap.fds)),
+                    vhost_fds=tuple(map(str, vhost_fds)),
+                    program_fds=tuple(map(str, program_fds)),
+                    mac=mac,
+                )
+            )
+            loaded = f"qsteer {program.id} ({program.build})" if program else "-"
+            rows.append(_row(nic, tap.name, mac, loaded))
+        argv = runplan.qemu_argv(plan, handles)
+
+        print(_table(rows), *_remarks(plan, identity), sep="\n", file=sys.stderr, flush=True)
+        for fd in passed:
+            os.set_inheritable(fd, True)
+        # What Python has changed of what a program inherits.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        try:
+            _become(identity)
+        except OSError as error:
+            raise from_errno(error.errno or 0, f"cannot become user {identity.name if identity else ''}") from None
+        try:
+            os.execve(binary, argv, _environment(identity))
+        except OSError as error:
+            raise from_errno(error.errno or 0, f'cannot run "{binary}"') from None
+
+
+def _set_up_link(tap: str, spec: TapSpec, mac: str, mtus: Mapping[str, int]) -> None:
+    from qsteer import links
+
+    if spec.bridge:
+        links.configure(
+            tap,
+            mac=links.bridge_port_mac(mac),
+            mtu=spec.mtu or mtus[spec.bridge],
+            bridge_index=links.bridge(spec.bridge).index,
+        )
+    else:
+        links.configure(tap, mtu=spec.mtu)
+
+
+def _load_program(tap: str, stack: contextlib.ExitStack) -> kernel.Program:
+    program = kernel.load_program(tap=tap, source=kernel.Source.SHARED_MAPS)
+    stack.callback(program.close)
+    return program
+
+
+def _open_vhost(queues: int, stack: contextlib.ExitStack) -> tuple[int, ...]:
+    """One fd of /dev/vhost-net per queue, which QEMU's user could not open."""
+    fds: list[int] = []
+    for _ in range(queues):
+        try:
+            fds.append(os.open(VHOST_NET, os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            raise from_errno(error.errno or 0, f"cannot open {VHOST_NET}", hint="vhost=off does without it") from None
+        stack.callback(os.close, fds[-1])
+    return tuple(fds)
+
+
+def _identity(user: str | None) -> Identity | None:
+    """The user to become; None where this process keeps its own.  Raises UsageError or PermissionDeniedError."""
+    if user is None:
+        if os.geteuid() == 0:
+            raise UsageError("run as root needs --user NAME", hint="--user root if QEMU is meant to run as root")
+        return None
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        raise UsageError(f'there is no user "{user}"') from None
+    if os.geteuid() != 0:
+        if entry.pw_uid == os.geteuid():
+            return None
+        raise PermissionDeniedError(f"only root can run QEMU as {user}")
+    return Identity(
+        name=user,
+        uid=entry.pw_uid,
+        gid=entry.pw_gid,
+        groups=tuple(os.getgrouplist(user, entry.pw_gid)),
+        home=entry.pw_dir,
+    )
+
+
+def _become(identity: Identity | None) -> None:
+    """Take on the user, and give up every capability unless that is root.  Raises OSError or QsteerError."""
+    if identity:
+        os.setgroups(identity.groups)
+        os.setresgid(identity.gid, identity.gid, identity.gid)
+        os.setresuid(identity.uid, identity.uid, identity.uid)
+    # To leave uid 0 empties all sets but the inheritable one.
+    if os.geteuid() != 0:
+        kernel.drop_capabilities()
+
+
+def _environment(identity: Identity | None) -> dict[str, str]:
+    if identity is None:
+        return dict(os.environ)
+    return {**os.environ, "HOME": identity.home, "USER": identity.name, "LOGNAME": identity.name}
+
+
+def _machine_id() -> str:
+    """What tells this host from others; empty where it has no id."""
+    try:
+        return MACHINE_ID.read_text("ascii").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _running(name: str) -> Iterator[tuple[int, int]]:
+    """Process and uid of every QEMU whose -name is that."""
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        # A process that ends meanwhile is not running.
+        with contextlib.suppress(OSError):
+            with (process / "cmdline").open("rb") as cmdline:
+                argv = qemuargs.split_cmdline(cmdline.read(qemuargs.CMDLINE_MAX))
+            if qemuargs.is_qemu(argv) and qemuargs.parse(argv).name == name:
+                yield int(process.name), process.stat().st_uid
+
+
+def _row(nic: Nic, tap: str, mac: str, program: str) -> tuple[str, ...]:
+    vhost = "on" if nic.vhost else "off"
+    return (nic.spec.id, tap, str(nic.spec.queues), mac, vhost, nic.spec.bridge or "-", program)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _remarks(plan: RunPlan, identity: Identity | None) -> tuple[str, ...]:
+    return (*plan.notes, f"QEMU runs as {_who(identity)}")
+
+
+def _who(identity: Identity | None) -> str:
+    if identity and identity.uid == 0:
+        return "root, with root's capabilities (--user root)"
+    name, uid = (identity.name, identity.uid) if identity else ("this user", os.geteuid())
+    return f"{name} (uid {uid}), without capabilities"
+
+
+def _dry_run(plan: RunPlan, mtus: Mapping[str, int], identity: Identity | None) -> str:
+    """The plan in words, with names in place of the fds."""
+    steps: list[str] = []
+    handles: list[NicHandles] = []
+    for nic in plan.nics:
+        spec = nic.spec
+        tap = spec.ifname or "tap%d"
+        vm = plan.vm or plan.nics[0].spec.ifname
+        mac = nic.mac or (runplan.stable_mac(vm, spec.id, _machine_id()) if vm else "52:54:00:xx:xx:xx")
+        mtu = spec.mtu or mtus.get(spec.bridge)
+        steps.append(f"open tap {tap} with {spec.queues} queue{'s' * (spec.queues > 1)}")
+        steps.append(f"set {tap} up" + f", MTU {mtu}" * bool(mtu) + f", in bridge {spec.bridge}" * bool(spec.bridge))
+        if nic.steered:
+            steps.append(f"load a steering program for {tap}")
+        if nic.vhost:
+            steps.append(f"open {VHOST_NET} {spec.queues} times")
+        handles.append(
+            NicHandles(
+                queue_fds=tuple(f"{spec.id}-queue{index}" for index in range(spec.queues)),
+                vhost_fds=tuple(f"{spec.id}-vhost{index}" for index in range(spec.queues)),
+                program_fds=tuple(f"{spec.id}-{what}" for what in ("program", "config", "key", "table")),
+                mac=mac,
+            )
+        )
+    steps.append(f"become {_who(identity)}, and run:")
+    return "\n".join((*steps, f"  {shlex.join(runplan.qemu_argv(plan, handles))}", *plan.notes))

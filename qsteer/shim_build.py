@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Builds ``qsteer._shim`` out of c/shim.c (cffi, API mode).
+
+The declarations name what Python uses; the C compiler fills in every number, size and offset (``...``), so that none is
+written down twice.
+"""
+
+from cffi import FFI
+
+ffi = FFI()
+
+ffi.cdef("""
+#define QS_ABI ...
+#define QS_KEY_BYTES ...
+#define QS_TABLE_ENTRIES ...
+#define QS_BUILD_SHARED_BODY ...
+#define QS_BUILD_COMPLETE ...
+#define QS_SOURCE_STATIC ...
+#define QS_SOURCE_SHARED_MAPS ...
+#define IFF_TAP ...
+#define IFF_MULTI_QUEUE ...
+#define IFF_PERSIST ...
+#define CAP_NET_ADMIN ...
+#define CAP_PERFMON ...
+#define CAP_BPF ...
+
+struct qs_rss_config {
+    uint8_t redirect;
+    uint32_t hash_types;
+    uint16_t indirections_len;
+    uint16_t default_queue;
+    ...;
+};
+struct qs_ident {
+    uint64_t magic;
+    uint32_t abi;
+    uint32_t build;
+    uint32_t source;
+    uint32_t displaced;
+    uint8_t version[4];
+    char tap[16];
+    ...;
+};
+struct qs_queue {
+    uint64_t file;
+    uint32_t pid;
+    uint32_t fd;
+    uint32_t netns;
+    uint32_t ifindex;
+    uint32_t flags;
+    uint32_t prog_id;
+    uint32_t active;
+    uint32_t disabled;
+    uint16_t queue_index;
+    uint16_t detached;
+    char comm[16];
+    char tap[16];
+    ...;
+};
+struct qs_program { int prog_fd; int config_fd; int key_fd; int table_fd; uint32_t id; ...; };
+struct qs_program_info {
+    uint32_t id;
+    uint32_t type;
+    uint32_t config_id;
+    uint32_t key_id;
+    uint32_t table_id;
+    uint32_t bodies_id;
+    uint64_t loaded_ns;
+    uint32_t uid;
+    uint32_t has_ident;
+    uint8_t tag[8];
+    char name[16];
+    struct qs_ident ident;
+    ...;
+};
+
+static const uint64_t qs_magic;
+
+int qs_tap_open(char name[16], int exclusive, int *fd);
+int qs_tap_name(int fd, char name[16]);
+int qs_steering_attach(int fd, int prog_fd);
+int qs_steering_detach(int fd);
+int qs_pidfd_getfd(int pidfd, int target, int *fd);
+int qs_fds_send(int sock, const int *fds, size_t count);
+int qs_fds_receive(int sock, int *fds, size_t count);
+int qs_capabilities_drop(void);
+int qs_capabilities_effective(uint64_t *set);
+int qs_bpffs_mount(const char *path);
+int qs_program_load(const char *object, const struct qs_ident *ident, int bodies_fd, struct qs_program *program);
+int qs_bodies_create(const char *object, int *bodies_fd);
+int qs_pin(int fd, const char *path);
+int qs_pinned(const char *path, int *fd);
+int qs_bodies_filled(int bodies_fd);
+const char *qs_log_take(void);
+int qs_program_fd(uint32_t id, int *fd);
+int qs_program_info(int prog_fd, struct qs_program_info *info);
+int qs_map_fd(uint32_t id, int *fd);
+int qs_config_read(int config_fd, int key_fd, int table_fd, struct qs_rss_config *config, uint8_t *key,
+                   uint16_t *table);
+int qs_config_write(int config_fd, int key_fd, int table_fd, const struct qs_rss_config *config, const uint8_t *key,
+                    const uint16_t *table);
+int qs_program_run(int prog_fd, const void *packet, uint32_t len, uint32_t repeat, uint32_t *answer,
+                   uint32_t *cb_left, uint32_t *duration_ns);
+int qs_tun_queues(const char *object, struct qs_queue **queues, size_t *count);
+void qs_free(void *memory);
+""")
+
+ffi.set_source(
+    "qsteer._shim",
+    """
+    #include <linux/capability.h>
+    #include <linux/if.h>
+    #include <linux/if_tun.h>
+    #include "shim.h"
+    static const uint64_t qs_magic = QS_MAGIC;
+    """,
+    sources=["c/shim.c"],
+    include_dirs=["c"],
+    depends=["c/shim.h", "c/bpf/abi.h"],
+    libraries=["bpf"],
+    extra_compile_args=["-O2", "-Wall", "-Werror"],
+    py_limited_api=True,
+)
+
+if __name__ == "__main__":
+    ffi.compile(verbose=True)
