@@ -11,7 +11,7 @@ DEMO_ARGS ?=
 # The Debian packages that building, the tests and the demo need.
 PACKAGES := \
 	clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev zlib1g-dev python3-venv python3-dev \
-	busybox-static cpio ethtool iproute2 kmod procps
+	busybox-static cpio ethtool iproute2 kmod xz-utils zstd
 
 VENV := build/venv
 INSTALLED := $(VENV)/.installed
@@ -61,7 +61,7 @@ packages: ## install the Debian packages that are missing
 	command -v dpkg-query >/dev/null && command -v apt-get >/dev/null || exit 0
 	missing=()
 	for package in $(PACKAGES); do
-		[[ $$(dpkg-query -W -f '$${db:Status-Status}' "$$package" 2>/dev/null) == installed ]] || missing+=("$$package")
+		[[ $$(dpkg-query -W -f '$${db:Status-Status}' "$$package" 2>/dev/null) == installed* ]] || missing+=("$$package")
 	done
 	[[ $${#missing[@]} != 0 ]] || exit 0
 	sudo=()

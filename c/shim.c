@@ -304,7 +304,8 @@ int qs_program_load(const char *path, const struct qs_ident *ident, int bodies_f
 	err = bpf_object__load(object);
 	if (err)
 		return err;
-	if ((err = qs_only_program(object, &prog)) || (err = qs_map(object, QS_MAP_CONFIG, &config)) ||
+	if ((err = qs_only_program(object, &prog)) ||
+	    (err = qs_map(object, QS_MAP_CONFIG, &config)) ||
 	    (err = qs_map(object, QS_MAP_KEY, &key)) ||
 	    (err = qs_map(object, QS_MAP_TABLE, &table)) || (err = qs_prog_info(prog, &info)))
 		return err;

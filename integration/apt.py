@@ -81,23 +81,6 @@ def refresh_lists(package: str) -> None:
         run("apt-get", "update")
 
 
-def download(package: str, into: Path) -> Path:
-    """The .deb of ``package`` from the machine's own sources.
-
-    Retried once with fresh lists: a mirror drops old versions.
-    """
-    shutil.rmtree(into, ignore_errors=True)
-    into.mkdir(parents=True)
-    refresh_lists(package)
-    command = ("apt-get", "-o", "APT::Sandbox::User=root", "download", package)
-    try:
-        run(*command, cwd=into)
-    except ProvisionError:
-        run("apt-get", "update")
-        run(*command, cwd=into)
-    return next(into.glob("*.deb"))
-
-
 def unpack(archives: Sequence[Path], into: Path) -> None:
     """Unpack .debs side by side under ``into``."""
     into.mkdir(parents=True, exist_ok=True)
@@ -114,22 +97,27 @@ def codename() -> str:
 
 
 class PrivateApt:
-    """An apt of our own in ``home``, over the machine's Debian mirror and, optionally, one more suite of it."""
+    """An apt of our own in ``home``, over the machine's Debian mirror.
 
-    def __init__(self, home: Path, *, extra_suite: str = "") -> None:
-        self._config = home / "apt.conf"
+    ``suite`` is one more suite of it, preferred to the machine's own; "" is none.
+    """
+
+    def __init__(self, home: Path, *, suite: str = "") -> None:
+        config = home / "apt.conf"
+        self._suite = suite
+        self._options = ("-c", str(config), *(("-t", suite) if suite else ()))
         self._archives = home / "cache" / "archives"
         for folder in ("state/lists/partial", "cache/archives/partial", "sources.d", "none"):
             (home / folder).mkdir(parents=True, exist_ok=True)
         shutil.copy("/var/lib/dpkg/status", home / "status")
         (home / "state" / "extended_states").touch()
         entries = list(_debian_entries())
-        if extra_suite:
-            entries.append(_with_suite(entries, extra_suite))
+        if suite:
+            entries.append(_with_suite(entries, suite))
         for number, (suffix, text) in enumerate(entries):
             (home / "sources.d" / f"{number}{suffix}").write_text(text)
         # The cloud images' hooks (#clear) would clean the system's cache; _apt may not be able to enter the checkout.
-        self._config.write_text(
+        config.write_text(
             f'Dir::State "{home}/state";\nDir::State::status "{home}/status";\nDir::Cache "{home}/cache";\n'
             f'Dir::Cache::archives "{self._archives}";\n'
             f'Dir::Etc::sourcelist "/dev/null";\nDir::Etc::sourceparts "{home}/sources.d";\n'
@@ -137,16 +125,25 @@ class PrivateApt:
             'APT::Sandbox::User "root";\n'
             "#clear APT::Update;\n#clear DPkg::Post-Invoke;\n#clear DPkg::Pre-Install-Pkgs;\n"
         )
+        run("apt-get", *self._options, "update")
 
-    def fetch(self, package: str, *, suite: str = "") -> tuple[Path, ...]:
+    def fetch(self, package: str) -> tuple[Path, ...]:
         """Download ``package`` and what it needs that the machine does not have; the .debs."""
-        self._get("update")
-        preferred = ("-t", suite) if suite else ()
-        self._get("install", "-y", "--download-only", "--no-install-recommends", *preferred, package)
+        run("apt-get", *self._options, "install", "-y", "--download-only", "--no-install-recommends", package)
         return tuple(sorted(self._archives.glob("*.deb")))
 
-    def _get(self, *arguments: str) -> None:
-        run("apt-get", "-c", self._config, *arguments)
+    def fetch_only(self, *packages: str) -> tuple[Path, ...]:
+        """Download just these, of the suite even if the machine has newer ones installed; the .debs."""
+        names = [f"{package}/{self._suite}" if self._suite else package for package in packages]
+        run("apt-get", *self._options, "download", *names, cwd=self._archives)
+        return tuple(sorted(self._archives.glob("*.deb")))
+
+    def dependency(self, package: str, pattern: str) -> str:
+        """The name of that dependency of ``package`` that matches ``pattern``."""
+        found = re.search(rf"Depends: ({pattern})", run("apt-cache", *self._options, "depends", package))
+        if not found:
+            raise ProvisionError(f"{package} depends on nothing like {pattern}")
+        return found[1]
 
 
 def _debian_entries() -> Iterator[tuple[str, str]]:

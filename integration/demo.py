@@ -110,7 +110,7 @@ class Demo:
         phase = Phase(name=name, steered_by=steered_by, must_match=must_match, verdict=verdict, took_s=took_s)
         self.phases.append(phase)
         self.say(
-            f"{name}: {verdict.flows} flows, {verdict.mismatches} on another queue than the guest asked for, "
+            f"{name}: {verdict.flows} flows, {verdict.mismatches} on another queue than asked for, "
             f"{phase.right_on_host} put right by the host's kernel{'' if phase.holds else '  <-- does not hold'}"
         )
         return sighting
@@ -264,6 +264,8 @@ def main() -> int:
         run(demo)
     except (DemoError, GuestError, QsteerError, subprocess.TimeoutExpired) as error:
         failure = str(error)
+    except KeyboardInterrupt:
+        failure = "interrupted"
     show(demo)
     write_report(demo)
     if not failure and not all(phase.holds for phase in demo.phases):

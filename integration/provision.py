@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """What the integration tests and the demo need on a Debian 12 or 13, made once and kept under build/.
 
-- Debian packages of a few tools, installed if missing (the only thing that is installed, and that needs root);
-- a guest: the Debian cloud kernel (unpacked, never installed) and an initramfs of busybox, ethtool, the virtio modules
-  and guest/;
+- Debian packages of a few tools, installed if missing;
+- a guest: Debian's cloud kernel and an initramfs of busybox, ethtool, the virtio modules and guest/; all of it is
+  unpacked, not installed;
 - a QEMU of 9.0 or later that hands out its eBPF program (``request-ebpf``): the installed one if it will do, else one
   unpacked under build/qemu (see apt.py), which replaces nothing.
 
@@ -34,8 +34,12 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 BUILD = CHECKOUT / "build"
 GUEST_SOURCES = Path(__file__).resolve().parent / "guest"
 
-PACKAGES = ("busybox-static", "cpio", "ethtool", "gcc", "iproute2", "kmod", "libc6-dev", "xz-utils", "zstd")
+PACKAGES = ("cpio", "gcc", "kmod", "libc6-dev")
+GUEST_SUITE = "bookworm"
+"""Also on Debian 13: there the guest's kernel (6.12.107) tells ethtool one RSS key and the device another, shifted by a
+byte.  The fix is Linux commit 4156c3745f06, "virtio_net: Fix misalignment bug in struct virtnet_info"."""
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
+GUEST_PACKAGES = ("busybox-static", "ethtool")
 QEMU_PACKAGE = "qemu-system-x86"
 QEMU_COMMAND = "qemu-system-x86_64"
 QEMU_OLDEST = (9, 0)
@@ -60,12 +64,15 @@ def provision() -> Provisioned:
     try:
         BUILD.mkdir(exist_ok=True)
         apt.install_packages(PACKAGES)
-        kernel = _kernel()
+        system = _guest_system()
         flowrx = _flowrx()
-        initramfs = _initramfs(kernel, flowrx)
         qemu = _qemu()
         return Provisioned(
-            kernel=kernel, initramfs=initramfs, qemu=qemu, qemu_version=_identity(qemu).version_text, flowrx=flowrx
+            kernel=_image(system),
+            initramfs=_initramfs(system, flowrx),
+            qemu=qemu,
+            qemu_version=_identity(qemu).version_text,
+            flowrx=flowrx,
         )
     finally:
         os.umask(umask)
@@ -121,23 +128,19 @@ def _link_or_copy(source: str | Path, target: str | Path) -> Path:
 # The guest
 
 
-def _kernel() -> Path:
-    """The cloud kernel's image; its modules lie beside it in the unpacked package."""
-    root = BUILD / "kernel"
-    if found := sorted(root.glob("boot/vmlinuz-*")):
-        return found[-1]
-    apt.refresh_lists(KERNEL_PACKAGE)
-    real = re.search(r"Depends: (linux-image-\d\S*)", run("apt-cache", "depends", KERNEL_PACKAGE))
-    if not real:
-        raise ProvisionError(f"{KERNEL_PACKAGE} depends on no kernel image")
-    say(f"downloading the guest's kernel, {real[1]}")
-    partial = BUILD / "kernel.partial"
-    archive = apt.download(real[1], BUILD / "download")
-    apt.unpack((archive,), partial)
-    shutil.rmtree(archive.parent)
-    shutil.rmtree(root, ignore_errors=True)
-    partial.rename(root)
-    return max(root.glob("boot/vmlinuz-*"))
+def _guest_system() -> Path:
+    """The guest's kernel, busybox and ethtool, unpacked side by side."""
+    root = BUILD / "guest"
+    if root.exists():
+        return root
+    say(f"downloading the guest: {KERNEL_PACKAGE}, {', '.join(GUEST_PACKAGES)} of {GUEST_SUITE}")
+    with tempfile.TemporaryDirectory(dir=BUILD, prefix="apt-") as name:
+        private = apt.PrivateApt(Path(name), suite="" if apt.codename() == GUEST_SUITE else GUEST_SUITE)
+        kernel = private.dependency(KERNEL_PACKAGE, r"linux-image-\d\S*")
+        partial = Path(name) / "guest"
+        apt.unpack(private.fetch_only(kernel, *GUEST_PACKAGES), partial)
+        partial.rename(root)
+    return root
 
 
 def _flowrx() -> Path:
@@ -150,8 +153,9 @@ def _flowrx() -> Path:
     return binary
 
 
-def _initramfs(kernel: Path, flowrx: Path) -> Path:
+def _initramfs(system: Path, flowrx: Path) -> Path:
     """Named after what is in it, so that a change makes a new one."""
+    kernel = _image(system)
     archive = BUILD / f"initramfs-{_digest(GUEST_SOURCES / 'init', Path(__file__), kernel, flowrx)}.cpio"
     if archive.exists():
         return archive
@@ -160,25 +164,25 @@ def _initramfs(kernel: Path, flowrx: Path) -> Path:
         root = Path(name)
         for folder in ("bin", "dev", "modules", "proc", "sys", "tmp"):
             (root / folder).mkdir()
-        ethtool = _tool("ethtool")
-        files = {
-            "init": GUEST_SOURCES / "init",
-            "bin/busybox": _tool("busybox"),
-            "bin/ethtool": ethtool,
-            "bin/flowrx": flowrx,
-        }
+        ethtool = next(system.glob("**/sbin/ethtool"))
+        files = {"init": GUEST_SOURCES / "init", "bin/busybox": next(system.glob("**/bin/busybox"))}
+        files |= {"bin/ethtool": ethtool, "bin/flowrx": flowrx}
         libraries = re.findall(r"(/\S+) \(0x", run("ldd", ethtool))
-        for target, source in files.items() | {library.lstrip("/"): Path(library) for library in libraries}.items():
+        files |= {library.lstrip("/"): Path(library) for library in libraries}
+        modules = _modules(system)
+        files |= {f"modules/{module.name}": module for module in modules}
+        for target, source in files.items():
             (root / target).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, root / target)
             (root / target).chmod(0o755)
-        modules = _modules(kernel)
-        for module in modules:
-            (root / "modules" / _module_name(module)).write_bytes(_unpacked(module))
-        (root / "modules" / "order").write_text("".join(f"{_module_name(module)}\n" for module in modules))
+        (root / "modules" / "order").write_text("".join(f"{module.name}\n" for module in modules))
         run("sh", "-c", f"find . | cpio --quiet -o -H newc -R 0:0 > '{archive}.partial'", cwd=root)
     _replace(Path(f"{archive}.partial"), archive, others="initramfs-*")
     return archive
+
+
+def _image(system: Path) -> Path:
+    return next(system.glob("boot/vmlinuz-*"))
 
 
 def _replace(partial: Path, final: Path, *, others: str) -> None:
@@ -196,9 +200,9 @@ def _tool(name: str) -> Path:
     return Path(path)
 
 
-def _modules(kernel: Path) -> tuple[Path, ...]:
+def _modules(system: Path) -> tuple[Path, ...]:
     """GUEST_MODULES and what they need, in the order of loading; what the kernel has built in is left out."""
-    by_name = {_module_name(path): path for path in kernel.parent.parent.rglob("*.ko*")}
+    by_name = {path.stem.replace("-", "_"): path for path in system.rglob("*.ko")}
     ordered: dict[str, Path] = {}
 
     def add(name: str) -> None:
@@ -212,18 +216,6 @@ def _modules(kernel: Path) -> tuple[Path, ...]:
     for name in GUEST_MODULES:
         add(name)
     return tuple(ordered.values())
-
-
-def _module_name(path: Path) -> str:
-    return path.name.partition(".")[0].replace("-", "_")
-
-
-def _unpacked(module: Path) -> bytes:
-    """A module's ELF image; Debian 13 compresses modules, and busybox's insmod wants them plain."""
-    unpackers = {".xz": "xz", ".zst": "zstd"}
-    if module.suffix not in unpackers:
-        return module.read_bytes()
-    return subprocess.run([unpackers[module.suffix], "-dc", module], check=True, capture_output=True).stdout
 
 
 def _digest(*paths: Path) -> str:
@@ -296,7 +288,7 @@ def _unpack_qemu(wrapper: Path, *, suite: str) -> Path:
     home = wrapper.parent
     shutil.rmtree(home, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=BUILD, prefix="apt-") as name:
-        archives = apt.PrivateApt(Path(name), extra_suite=suite).fetch(QEMU_PACKAGE, suite=suite)
+        archives = apt.PrivateApt(Path(name), suite=suite).fetch(QEMU_PACKAGE)
         apt.unpack(archives, home / "root")
     # exec: the pid that was started is QEMU's.  Debian's QEMU looks for firmware under /usr by absolute path.
     wrapper.write_text(

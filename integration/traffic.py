@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from integration.guest import Guest
+from integration.guest import Guest, GuestError
 from qsteer.reference import queue_of
 from qsteer.rss import RssConfig
 
@@ -193,7 +193,7 @@ def _host_flowrx(flowrx: Path, arguments: str) -> Iterator[subprocess.Popen[str]
         try:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":
-                raise RuntimeError("flowrx does not start on the host")
+                raise GuestError("flowrx does not start on the host")
             yield process
         finally:
             process.kill()

@@ -58,7 +58,11 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, run: Callable[[argparse.Namespace], int], text: str, *parents: _Parser) -> _Parser:
         added: _Parser = verbs.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common, *parents], epilog=_EXIT_CODES
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            parents=[common, *parents],
+            epilog=_EXIT_CODES,
         )
         added.set_defaults(verb=run)
         return added
@@ -289,9 +293,7 @@ def _from_file(name: str) -> "Static":
     except (OSError, UnicodeDecodeError) as error:
         raise from_errno(getattr(error, "errno", None) or 0, f"cannot read {name}") from None
     parsed = ethtool.parse(text)
-    return Static(
-        types=parsed.types, key=parsed.key, table=parsed.table, unclassified_queue=parsed.unclassified_queue
-    )
+    return Static(types=parsed.types, key=parsed.key, table=parsed.table, unclassified_queue=parsed.unclassified_queue)
 
 
 def _run(options: argparse.Namespace) -> int:

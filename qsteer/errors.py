@@ -84,6 +84,6 @@ _BY_ERRNO: dict[int, type[QsteerError]] = {
 
 
 def from_errno(code: int, message: str, *, hint: str = "") -> QsteerError:
-    """The exception for a kernel's answer; ``code`` is an errno of either sign, ``message`` says what failed on what."""
+    """The exception for a kernel's answer: an errno of either sign, and what failed on what."""
     code = abs(code)
     return _BY_ERRNO.get(code, QsteerError)(message, hint=hint, errno=code)

@@ -215,13 +215,17 @@ def select(taps: Iterable[Tap], selection: Selection) -> tuple[Tap, ...]:
     """
     found = tuple(tap for tap in taps if selection.matches(tap))
     for vm in selection.vms:
-        pids = {tap.vm.pid: tap.vm for tap in found if tap.vm and tap.vm.args and vm in (tap.vm.args.name, tap.vm.args.uuid)}
+        pids = {
+            tap.vm.pid: tap.vm for tap in found if tap.vm and tap.vm.args and vm in (tap.vm.args.name, tap.vm.args.uuid)
+        }
         if len(pids) > 1:
             candidates = "; ".join(
-                f"pid {pid}, uid {process.uid}, {', '.join(tap.name for tap in found if tap.vm is process or tap.vm == process)}"
+                f"pid {pid}, uid {process.uid}, {', '.join(tap.name for tap in found if tap.vm == process)}"
                 for pid, process in sorted(pids.items())
             )
-            raise UsageError(f'"{vm}" is the name of {len(pids)} running VMs: {candidates}', hint="choose one with --pid")
+            raise UsageError(
+                f'"{vm}" is the name of {len(pids)} running VMs: {candidates}', hint="choose one with --pid"
+            )
     if not found:
         raise NotFoundError(_nothing_found(selection), hint="qsteer status lists what is there")
     return found

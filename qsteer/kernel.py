@@ -3,22 +3,25 @@
 
 Theory of operation
 -------------------
-A tap's program comes in two builds that give the same queue on every packet.  ``shared-body``: a stub of the tap's own
-tail-calls one body that is loaded once per host and kept by a pin (a prog_array is emptied when its last fd or pin goes).
-``complete``: all in one, for where the body cannot load (no CAP_PERFMON, a kernel before 6.2, no BPF file system that
-may be written).  ``load_program`` tries the first and falls back to the second; a freshly pinned body has to give the
+A tap's program comes in two builds that give the same queue on every packet.  ``shared-body``: a stub of the tap's
+own tail-calls one body that is loaded once per host and kept by a pin (a prog_array is emptied when its last fd or pin goes).
+``complete``: all in one, for where the body cannot load (no CAP_PERFMON, a kernel before 6.2, no writable BPF file
+system).  ``load_program`` tries the first and falls back to the second; a freshly pinned body has to give the
 right queue for known packets before anything uses it.
 """
 
 import contextlib
 import enum
 import errno
+import functools
+import hashlib
 import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qsteer import __version__
 from qsteer._shim import ffi, lib
@@ -30,7 +33,6 @@ log = logging.getLogger(__name__)
 OBJECTS = Path(__file__).parent / "bpf"
 BPFFS = Path("/sys/fs/bpf")
 PIN_DIRECTORY = BPFFS / "qsteer"
-BODIES_PIN = PIN_DIRECTORY / f"v{lib.QS_ABI}" / "bodies"
 
 ABI: int = lib.QS_ABI
 QUEUES_MAX = 256
@@ -67,7 +69,7 @@ _OBJECTS = {Build.SHARED_BODY: "tap_stub.bpf.o", Build.COMPLETE: "tap_complete.b
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenTap:
-    """A tap made by this process: one close-on-exec fd per queue, in queue order.  It goes when the last fd is closed."""
+    """A tap made by this process: one close-on-exec fd per queue, in order.  It goes when the last one is closed."""
 
     name: str
     fds: tuple[int, ...]
@@ -134,7 +136,7 @@ class ProgramInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenQueue:
-    """One open queue of a tun device.  ``netns`` is the inode number of its network namespace, ``file`` its identity."""
+    """One open queue of a tun device.  ``netns`` is its network namespace's inode number, ``file`` its identity."""
 
     file: int
     pid: int
@@ -167,25 +169,28 @@ def _check(result: int, message: str, hint: str = "") -> None:
 
 
 def _check_bpf(result: int, message: str) -> None:
-    """As _check; what libbpf and the verifier said goes to the log, EPERM gets the missing capabilities for a hint."""
+    """As _check, for what libbpf does: its and the verifier's words go to the log.
+
+    EPERM is a missing capability, EACCES and EINVAL the verifier's "no".
+    """
     said = ffi.string(lib.qs_log_take()).decode(errors="replace").strip()
     for line in said.splitlines():
         log.debug("libbpf: %s", line)
-    if result >= 0:
-        return
-    hint = ""
-    if result in (-errno.EPERM, -errno.EACCES):
-        hint = f"it takes {_wanted_capabilities()}"
-    raise from_errno(result, message, hint=hint)
+    if result == -errno.EPERM:
+        raise from_errno(result, message, hint=_missing_capabilities())
+    if result == -errno.EACCES and said:
+        raise UnsupportedError(f"{message}: the kernel's verifier refuses it", hint="-vv shows its reasons")
+    _check(result, message)
 
 
-def _wanted_capabilities() -> str:
+def _missing_capabilities() -> str:
     have = effective_capabilities()
-    wanted = {"CAP_BPF": lib.CAP_BPF, "CAP_PERFMON": lib.CAP_PERFMON, "CAP_NET_ADMIN": lib.CAP_NET_ADMIN}
-    missing = [name for name, number in wanted.items() if not have >> number & 1]
+    missing = [
+        name for name, number in (("CAP_BPF", lib.CAP_BPF), ("CAP_PERFMON", lib.CAP_PERFMON)) if not have >> number & 1
+    ]
     if missing:
-        return f"{', '.join(missing)}, which this process does not have; try sudo"
-    return "rights that a security module or a container withholds"
+        return f"this process lacks {' and '.join(missing)}; try sudo"
+    return "a security module or a container withholds the right"
 
 
 def _string(chars: object) -> str:
@@ -312,23 +317,19 @@ def load_program(
 ) -> Program:
     """Load a steering program for one tap, with ``config`` in its maps (none: QEMU will write them).
 
-    ``displaced`` is the id of the QEMU program that it is going to take off.  ``build`` forces one; otherwise the shared
-    body is used where it can be.  Raises QsteerError.
+    ``displaced`` is the id of the QEMU program that it is going to take off.  ``build`` forces one; otherwise the
+    shared body is used where it can be.  Raises QsteerError.
     """
-    bodies = -1
-    if build in (None, Build.SHARED_BODY):
+    if build is Build.COMPLETE:
+        program = _load(build, tap, source, displaced)
+    else:
         try:
-            bodies = _shared_bodies()
+            program = _load_stub(tap, source, displaced)
         except QsteerError as error:
             if build:
                 raise
             log.info("no shared body here (%s): a complete program instead", error)
-    try:
-        chosen = Build.SHARED_BODY if bodies >= 0 else Build.COMPLETE
-        program = _load(chosen, tap, source, displaced, bodies)
-    finally:
-        if bodies >= 0:
-            os.close(bodies)
+            program = _load(Build.COMPLETE, tap, source, displaced)
     if config:
         try:
             _write_config(program, config)
@@ -338,7 +339,15 @@ def load_program(
     return program
 
 
-def _load(build: Build, tap: str, source: Source, displaced: int, bodies: int) -> Program:
+def _load_stub(tap: str, source: Source, displaced: int) -> Program:
+    bodies = _shared_bodies()
+    try:
+        return _load(Build.SHARED_BODY, tap, source, displaced, bodies)
+    finally:
+        os.close(bodies)
+
+
+def _load(build: Build, tap: str, source: Source, displaced: int, bodies: int = -1) -> Program:
     version = [int(part) for part in __version__.split(".")[:3]]
     ident = ffi.new(
         "struct qs_ident *",
@@ -396,33 +405,42 @@ def _shared_bodies() -> int:
     finally:
         os.close(bodies)
     if found is None:
-        raise UnsupportedError(f"{BODIES_PIN} does not stay pinned")
+        raise UnsupportedError(f"{bodies_pin()} does not stay pinned")
     return found
 
 
+@functools.cache
+def bodies_pin() -> Path:
+    """Where this qsteer's shared body is pinned: by ABI and content, so that no other body is taken for it."""
+    digest = hashlib.sha256((OBJECTS / "tap_body.bpf.o").read_bytes()).hexdigest()
+    return PIN_DIRECTORY / f"v{lib.QS_ABI}" / f"bodies-{digest[:12]}"
+
+
 def _pinned_bodies() -> int | None:
+    pin = bodies_pin()
     try:
-        bodies = _out_fd_bpf(lambda out: lib.qs_pinned(os.fsencode(BODIES_PIN), out), f"cannot open {BODIES_PIN}")
+        bodies = _out_fd_bpf(lambda out: lib.qs_pinned(os.fsencode(pin), out), f"cannot open {pin}")
     except QsteerError as error:
         if error.errno == errno.ENOENT:
             return None
         raise
     if lib.qs_bodies_filled(bodies) != 1:
         os.close(bodies)
-        raise UnsupportedError(f"{BODIES_PIN} is not a filled prog_array", hint="remove it, then apply again")
+        raise UnsupportedError(f"{pin} is not a filled prog_array", hint="remove it, then apply again")
     return bodies
 
 
 def _pin(bodies: int) -> None:
+    pin = bodies_pin()
     _check(lib.qs_bpffs_mount(os.fsencode(BPFFS)), f"cannot mount a BPF file system on {BPFFS}")
     try:
         PIN_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
-        BODIES_PIN.parent.mkdir(mode=0o700, exist_ok=True)
+        pin.parent.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise from_errno(error.errno or 0, f"cannot make {BODIES_PIN.parent}") from None
-    result = lib.qs_pin(bodies, os.fsencode(BODIES_PIN))
+        raise from_errno(error.errno or 0, f"cannot make {pin.parent}") from None
+    result = lib.qs_pin(bodies, os.fsencode(pin))
     if result != -errno.EEXIST:
-        _check(result, f"cannot pin {BODIES_PIN}")
+        _check(result, f"cannot pin {pin}")
 
 
 def _prove(bodies: int) -> None:
@@ -520,7 +538,7 @@ def program_info_of(prog_fd: int) -> ProgramInfo:
     )
 
 
-def _ident(raw: "ffi.CData") -> Ident:
+def _ident(raw: Any) -> Ident:
     builds = {number: build for build, number in _BUILD_NUMBERS.items()}
     sources = {number: source for source, number in _SOURCE_NUMBERS.items()}
     return Ident(
@@ -551,9 +569,12 @@ def read_maps(info: ProgramInfo) -> MapsContent:
     raw = ffi.new("struct qs_rss_config *")
     key = ffi.new(f"uint8_t[{lib.QS_KEY_BYTES}]")
     table = ffi.new(f"uint16_t[{lib.QS_TABLE_ENTRIES}]")
-    with _map_by_id(info.config_id) as config_fd, _map_by_id(info.key_id) as key_fd:
-        with _map_by_id(info.table_id) as table_fd:
-            result = lib.qs_config_read(config_fd, key_fd, table_fd, raw, key, table)
+    with (
+        _map_by_id(info.config_id) as config_fd,
+        _map_by_id(info.key_id) as key_fd,
+        _map_by_id(info.table_id) as table_fd,
+    ):
+        result = lib.qs_config_read(config_fd, key_fd, table_fd, raw, key, table)
     _check(result, f"cannot read the maps of program {info.id}")
     length = raw.indirections_len
     config = None
@@ -616,7 +637,7 @@ def open_queues() -> tuple[OpenQueue, ...]:
     return tuple(queue for queue in sorted(once.values(), key=lambda queue: (queue.netns, queue.ifindex, queue.index)))
 
 
-def _queue(raw: "ffi.CData") -> OpenQueue:
+def _queue(raw: Any) -> OpenQueue:
     return OpenQueue(
         file=raw.file,
         pid=raw.pid,

@@ -74,9 +74,7 @@ def tap_json(tap: Tap) -> Json:
         "source": source_of(tap),
         "state": state(tap),
         "software_steering": steers_in_software(tap),
-        "holder": (
-            {"pid": tap.holder.pid, "uid": tap.holder.uid, "comm": tap.holder.comm} if tap.holder else None
-        ),
+        "holder": ({"pid": tap.holder.pid, "uid": tap.holder.uid, "comm": tap.holder.comm} if tap.holder else None),
         "held": tap.hold,
     }
 

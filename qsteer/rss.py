@@ -29,7 +29,9 @@ class HashType(enum.IntFlag):
     UDP_EX = 1 << 8
 
 
-HASH_TYPE_NAMES: dict[str, HashType] = {member.name.lower().replace("_", "-"): member for member in HashType if member.name}
+HASH_TYPE_NAMES: dict[str, HashType] = {
+    member.name.lower().replace("_", "-"): member for member in HashType if member.name
+}
 """``tcp4``, ``ip-ex``, ...: the names that ``--types`` takes and ``show`` prints."""
 
 BASE_TYPES = HashType.IP4 | HashType.TCP4 | HashType.UDP4 | HashType.IP6 | HashType.TCP6 | HashType.UDP6
@@ -64,7 +66,7 @@ def parse_key(text: str) -> bytes:
 
 
 def _is_hex_byte(text: str) -> bool:
-    if not 1 <= len(text) <= 2 or not text.isalnum():
+    if not 1 <= len(text) <= 2 or not text.isascii() or not text.isalnum():
         raise ValueError(text)
     return True
 

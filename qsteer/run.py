@@ -19,14 +19,18 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from qsteer import kernel, qemuargs, qmp, runplan
+from qsteer import kernel, procs, qemuargs, qmp, runplan
 from qsteer.errors import PermissionDeniedError, QsteerError, UsageError, from_errno
+from qsteer.render import columns
 from qsteer.runplan import Nic, NicHandles, RunPlan, TapSpec
+
+if TYPE_CHECKING:
+    from qsteer.links import Link
 
 VHOST_NET = Path("/dev/vhost-net")
 MACHINE_ID = Path("/etc/machine-id")
@@ -60,7 +64,7 @@ def run(*, vm: str | None, taps: Sequence[str], user: str | None, dry_run: bool,
     binary = shutil.which(command[0])
     if binary is None:
         raise UsageError(f'there is no program "{command[0]}"')
-    mtus = {spec.bridge: links.bridge(spec.bridge).mtu for spec in specs if spec.bridge}
+    bridges = {spec.bridge: links.bridge(spec.bridge) for spec in specs if spec.bridge}
     for spec in specs:
         if spec.ifname and links.find(spec.ifname):
             raise QsteerError(
@@ -69,70 +73,67 @@ def run(*, vm: str | None, taps: Sequence[str], user: str | None, dry_run: bool,
 
     probe = qmp.probe(binary, drivers=runplan.drivers_of(qemuargs.parse(command)), become=lambda: _become(identity))
     plan = runplan.make_plan(specs=specs, command=command, probe=probe, vm=vm, vhost_available=VHOST_NET.exists())
-    for pid, uid in _running(plan.vm) if plan.vm else ():
-        raise QsteerError(f'a VM named "{plan.vm}" runs already: process {pid} of uid {uid}')
+    for process in procs.running_qemus() if plan.vm else ():
+        if process.args and process.args.name == plan.vm:
+            raise QsteerError(f'a VM named "{plan.vm}" runs already: process {process.pid} of uid {process.uid}')
 
     if not dry_run:
-        _execute(plan, binary, identity, mtus)
-    print(_dry_run(plan, mtus, identity))
+        _execute(plan, binary, identity, bridges)
+    print(_dry_run(plan, identity, bridges))
     return 0
 
 
-def _execute(plan: RunPlan, binary: str, identity: Identity | None, mtus: Mapping[str, int]) -> NoReturn:
+def _execute(plan: RunPlan, binary: str, identity: Identity | None, bridges: Mapping[str, "Link"]) -> NoReturn:
     with contextlib.ExitStack() as stack:
         taps: list[kernel.OpenTap] = []
         for nic in plan.nics:
             taps.append(kernel.open_tap(nic.spec.ifname, nic.spec.queues))
             stack.callback(taps[-1].close)
-        vm = plan.vm or taps[0].name
         rows: list[tuple[str, ...]] = [("NIC", "TAP", "QUEUES", "MAC", "VHOST", "BRIDGE", "PROGRAM")]
         handles: list[NicHandles] = []
-        passed: list[int] = []
         for nic, tap in zip(plan.nics, taps, strict=True):
-            mac = nic.mac or runplan.stable_mac(vm, nic.spec.id, _machine_id())
-            _set_up_link(tap.name, nic.spec, mac, mtus)
+            mac = nic.mac or runplan.stable_mac(plan.vm or taps[0].name, nic.spec.id, _machine_id())
+            _set_up_link(tap.name, nic.spec, mac, bridges)
             program = _load_program(tap.name, stack) if nic.steered else None
-            program_fds = program.fds if program else ()
             vhost_fds = _open_vhost(nic.spec.queues, stack) if nic.vhost else ()
-            passed += (*tap.fds, *vhost_fds, *program_fds)
             handles.append(
                 NicHandles(
                     queue_fds=tuple(map(str, tap.fds)),
                     vhost_fds=tuple(map(str, vhost_fds)),
-                    program_fds=tuple(map(str, program_fds)),
+                    program_fds=tuple(map(str, program.fds)) if program else (),
                     mac=mac,
                 )
             )
-            loaded = f"qsteer {program.id} ({program.build})" if program else "-"
-            rows.append(_row(nic, tap.name, mac, loaded))
-        argv = runplan.qemu_argv(plan, handles)
+            rows.append(_row(nic, tap.name, mac, f"qsteer {program.id} ({program.build})" if program else "-"))
 
-        print(_table(rows), *_remarks(plan, identity), sep="\n", file=sys.stderr, flush=True)
-        for fd in passed:
-            os.set_inheritable(fd, True)
-        # What Python has changed of what a program inherits.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        try:
-            _become(identity)
-        except OSError as error:
-            raise from_errno(error.errno or 0, f"cannot become user {identity.name if identity else ''}") from None
-        try:
-            os.execve(binary, argv, _environment(identity))
-        except OSError as error:
-            raise from_errno(error.errno or 0, f'cannot run "{binary}"') from None
+        print(columns(rows), *plan.notes, f"QEMU runs as {_who(identity)}", sep="\n", file=sys.stderr, flush=True)
+        for given in handles:
+            for fd in (*given.queue_fds, *given.vhost_fds, *given.program_fds):
+                os.set_inheritable(int(fd), True)
+        _become_qemu(binary, runplan.qemu_argv(plan, handles), identity)
 
 
-def _set_up_link(tap: str, spec: TapSpec, mac: str, mtus: Mapping[str, int]) -> None:
+def _become_qemu(binary: str, argv: tuple[str, ...], identity: Identity | None) -> NoReturn:
+    # Python ignores these, and a program that is executed would go on doing so.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    try:
+        _become(identity)
+    except OSError as error:
+        raise from_errno(error.errno or 0, f"QEMU cannot run as {_who(identity)}") from None
+    try:
+        os.execve(binary, argv, _environment(identity))
+    except OSError as error:
+        raise from_errno(error.errno or 0, f'cannot run "{binary}"') from None
+
+
+def _set_up_link(tap: str, spec: TapSpec, mac: str, bridges: Mapping[str, "Link"]) -> None:
     from qsteer import links
 
     if spec.bridge:
-        links.configure(
-            tap,
-            mac=links.bridge_port_mac(mac),
-            mtu=spec.mtu or mtus[spec.bridge],
-            bridge_index=links.bridge(spec.bridge).index,
-        )
+        bridge = bridges[spec.bridge]
+        port_mac = links.bridge_port_mac(mac)
+        links.configure(tap, mac=port_mac, mtu=spec.mtu or bridge.mtu, bridge_index=bridge.index)
     else:
         links.configure(tap, mtu=spec.mtu)
 
@@ -203,33 +204,9 @@ def _machine_id() -> str:
         return ""
 
 
-def _running(name: str) -> Iterator[tuple[int, int]]:
-    """Process and uid of every QEMU whose -name is that."""
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit():
-            continue
-        # A process that ends meanwhile is not running.
-        with contextlib.suppress(OSError):
-            with (process / "cmdline").open("rb") as cmdline:
-                argv = qemuargs.split_cmdline(cmdline.read(qemuargs.CMDLINE_MAX))
-            if qemuargs.is_qemu(argv) and qemuargs.parse(argv).name == name:
-                yield int(process.name), process.stat().st_uid
-
-
 def _row(nic: Nic, tap: str, mac: str, program: str) -> tuple[str, ...]:
     vhost = "on" if nic.vhost else "off"
     return (nic.spec.id, tap, str(nic.spec.queues), mac, vhost, nic.spec.bridge or "-", program)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def _remarks(plan: RunPlan, identity: Identity | None) -> tuple[str, ...]:
-    return (*plan.notes, f"QEMU runs as {_who(identity)}")
 
 
 def _who(identity: Identity | None) -> str:
@@ -239,7 +216,7 @@ def _who(identity: Identity | None) -> str:
     return f"{name} (uid {uid}), without capabilities"
 
 
-def _dry_run(plan: RunPlan, mtus: Mapping[str, int], identity: Identity | None) -> str:
+def _dry_run(plan: RunPlan, identity: Identity | None, bridges: Mapping[str, "Link"]) -> str:
     """The plan in words, with names in place of the fds."""
     steps: list[str] = []
     handles: list[NicHandles] = []
@@ -248,9 +225,13 @@ def _dry_run(plan: RunPlan, mtus: Mapping[str, int], identity: Identity | None) 
         tap = spec.ifname or "tap%d"
         vm = plan.vm or plan.nics[0].spec.ifname
         mac = nic.mac or (runplan.stable_mac(vm, spec.id, _machine_id()) if vm else "52:54:00:xx:xx:xx")
-        mtu = spec.mtu or mtus.get(spec.bridge)
         steps.append(f"open tap {tap} with {spec.queues} queue{'s' * (spec.queues > 1)}")
-        steps.append(f"set {tap} up" + f", MTU {mtu}" * bool(mtu) + f", in bridge {spec.bridge}" * bool(spec.bridge))
+        if spec.bridge:
+            steps.append(
+                f"add {tap} to bridge {spec.bridge}, MTU {spec.mtu or bridges[spec.bridge].mtu}, and set it up"
+            )
+        else:
+            steps.append(f"set {tap} up" if spec.mtu is None else f"set {tap} up, MTU {spec.mtu}")
         if nic.steered:
             steps.append(f"load a steering program for {tap}")
         if nic.vhost:

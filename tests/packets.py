@@ -388,10 +388,13 @@ def _random_packet(rng: random.Random) -> bytes:
     else:
         extensions = _random_extensions(rng) if kind == "extended" else ()
         protocol, payload = _random_l4(rng)
-        if extensions and rng.random() < 0.08:
-            payload = b""  # The packet ends with its last extension header, or a little before.
         version = 6 if rng.random() < 0.98 else rng.randrange(16)
-        body = ipv6(protocol, payload, extensions=extensions, addresses=rng.randbytes(32), version=version)
+        ends = extensions and rng.random() < 0.08  # with its last extension header, or a byte before that header's end
+        body = ipv6(
+            protocol, b"" if ends else payload, extensions=extensions, addresses=rng.randbytes(32), version=version
+        )
+        if ends and rng.random() < 0.3:
+            body = body[:-1]
         ethertype = ETH_IPV6
     count = rng.choices((0, 1, 2, 3, 4), (70, 12, 12, 5, 1))[0]
     tags = [rng.choices((ETH_8021Q, ETH_8021AD, ETH_QINQ_OLD), (50, 48, 2))[0] for _ in range(count)]

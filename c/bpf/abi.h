@@ -90,7 +90,7 @@ struct qs_queue {
 	__u32 fd;
 	__u32 netns; /* inode number of the network namespace */
 	__u32 ifindex;
-	__u32 flags; /* IFF_* of the tun device */
+	__u32 flags;   /* IFF_* of the tun device */
 	__u32 prog_id; /* 0: no steering program */
 	__u32 active;  /* queues that packets are spread over */
 	__u32 disabled;

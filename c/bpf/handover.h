@@ -23,12 +23,12 @@
 #define QS_BODY_TAP 0
 
 /* The prog_array that a host-wide pin keeps filled. */
-#define QS_BODIES                                                                          \
-	struct {                                                                           \
-		__uint(type, BPF_MAP_TYPE_PROG_ARRAY);                                     \
-		__uint(max_entries, QS_BODIES_ENTRIES);                                    \
-		__type(key, __u32);                                                        \
-		__type(value, __u32);                                                      \
+#define QS_BODIES                                       \
+	struct {                                        \
+		__uint(type, BPF_MAP_TYPE_PROG_ARRAY);  \
+		__uint(max_entries, QS_BODIES_ENTRIES); \
+		__type(key, __u32);                     \
+		__type(value, __u32);                   \
 	}
 
 #endif

@@ -32,15 +32,15 @@ struct qs_reader {
  * The number at a kernel address.  In assembly, since the compiler would merge such a load with one
  * from the stack, and the verifier wants each load to be of one kind.
  */
-#define QS_DEFINE_AT(bits)                                                                 \
-	static __always_inline __u##bits qs_at##bits(__u64 address)                        \
-	{                                                                                  \
-		void *from = bpf_rdonly_cast((void *)address,                              \
-					     bpf_core_type_id_kernel(struct rb_node));     \
-		__u64 value;                                                               \
-                                                                                           \
-		asm("%0 = *(u" #bits " *)(%1 + 0)" : "=r"(value) : "r"(from));             \
-		return value;                                                              \
+#define QS_DEFINE_AT(bits)                                                                         \
+	static __always_inline __u##bits qs_at##bits(__u64 address)                                \
+	{                                                                                          \
+		void *from =                                                                       \
+			bpf_rdonly_cast((void *)address, bpf_core_type_id_kernel(struct rb_node)); \
+		__u64 value;                                                                       \
+                                                                                                   \
+		asm("%0 = *(u" #bits " *)(%1 + 0)" : "=r"(value) : "r"(from));                     \
+		return value;                                                                      \
 	}
 
 QS_DEFINE_AT(8)
@@ -52,7 +52,7 @@ QS_DEFINE_AT(64)
  * A pointer member as a plain number.  Read by its name, newer verifiers (6.17) call it untrusted
  * memory and lose track of what is added to it.
  */
-#define QS_ADDRESS_IN(k, member)                                                           \
+#define QS_ADDRESS_IN(k, member) \
 	qs_at64((__u64)((void *)(k) + bpf_core_field_offset(typeof(*(k)), member)))
 
 static __always_inline int qs_reader_init(struct qs_reader *r, struct __sk_buff *skb)

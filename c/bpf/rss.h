@@ -128,8 +128,7 @@ static long qs_ip6_option(__u32 i, void *ctx)
 		w->opt = opt + 1;
 		return 0;
 	}
-	if (opt + 2 > w->opt_end || qs_load(&w->r, opt, head, 2) ||
-	    opt + 2 + head[1] > w->opt_end)
+	if (opt + 2 > w->opt_end || qs_load(&w->r, opt, head, 2) || opt + 2 + head[1] > w->opt_end)
 		return 1;
 	if (head[0] == QS_OPT_HOME_ADDRESS && head[1] == 16) {
 		__u64 home[2];

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Real taps in network namespaces of their own, and what tests do with them."""
+
+import contextlib
+import ctypes
+import itertools
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pyroute2 import IPRoute, netns
+
+from qsteer import kernel
+
+VNET_HEADER = 10
+"""Length of the virtio-net header before every frame that is read from a tap or written to it."""
+WAIT_S = 5.0
+
+_numbers = itertools.count(1)
+
+
+@contextlib.contextmanager
+def network_namespace() -> Iterator[str]:
+    """Live in a new network namespace, where no bridge looks into packets and nobody speaks IPv6 by itself."""
+    name = f"qs-test-{os.getpid()}-{next(_numbers)}"
+    netns.create(name)
+    try:
+        netns.pushns(name)
+        try:
+            for path in (
+                Path("/proc/sys/net/ipv6/conf/all/disable_ipv6"),
+                Path("/proc/sys/net/ipv6/conf/default/disable_ipv6"),
+            ):
+                path.write_text("1")
+            for path in Path("/proc/sys/net/bridge").glob("bridge-nf-call-*"):
+                path.write_text("0")
+            yield name
+        finally:
+            netns.popns()
+    finally:
+        netns.remove(name)
+
+
+@contextlib.contextmanager
+def inside(name: str) -> Iterator[None]:
+    """Visit a network namespace."""
+    netns.pushns(name)
+    try:
+        yield
+    finally:
+        netns.popns()
+
+
+def links_up(*names: str, master: str | None = None, mtu: int | None = None) -> None:
+    with IPRoute() as route:
+        for name in names:
+            index = route.link_lookup(ifname=name)[0]
+            if master:
+                route.link("set", index=index, master=route.link_lookup(ifname=master)[0])
+            if mtu:
+                route.link("set", index=index, mtu=mtu)
+            route.link("set", index=index, state="up")
+
+
+def add_bridge(name: str) -> None:
+    with IPRoute() as route:
+        route.link("add", ifname=name, kind="bridge", br_mcast_snooping=0)
+    links_up(name)
+
+
+def add_veth(name: str, peer: str) -> None:
+    with IPRoute() as route:
+        route.link("add", ifname=name, kind="veth", peer=peer)
+
+
+class TapUnderTest:
+    """A tap that is up, whose queues the test reads itself."""
+
+    def __init__(self, name: str, queues: int) -> None:
+        self.open = kernel.open_tap(name, queues)
+        self.name = self.open.name
+        self._poll = select.poll()
+        for fd in self.open.fds:
+            self._poll.register(fd, select.POLLIN)
+        links_up(self.name)
+
+    def close(self) -> None:
+        self.open.close()
+
+    def attach(self, program: kernel.Program) -> None:
+        kernel.attach(self.open.fds[0], program.prog_fd)
+
+    def drain(self) -> None:
+        """Throw away what waits in the queues."""
+        while ready := self._poll.poll(0):
+            for fd, _ in ready:
+                os.read(fd, 1 << 16)
+
+    def receive(self) -> tuple[int, bytes]:
+        """The next frame, and the queue that it came out of.  Fails the test if there is none."""
+        ready = self._poll.poll(WAIT_S * 1000)
+        assert ready, f"no packet came out of {self.name}"
+        fd = ready[0][0]
+        return self.open.fds.index(fd), os.read(fd, 1 << 16)[VNET_HEADER:]
+
+
+@contextlib.contextmanager
+def tap(name: str = "", queues: int = 4) -> Iterator[TapUnderTest]:
+    under_test = TapUnderTest(name, queues)
+    try:
+        yield under_test
+    finally:
+        under_test.close()
+
+
+@contextlib.contextmanager
+def sender(device: str) -> Iterator[socket.socket]:
+    """A packet socket that sends whole frames out of a device."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sock:
+        sock.bind((device, 0))
+        yield sock
+
+
+def foreign_program(answer: int, name: bytes = b"lb_steer") -> int:
+    """An fd of a steering program that is not qsteer's: it returns one number."""
+    libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    # mov r0, answer; exit
+    instructions = b"\xb7\x00\x00\x00" + answer.to_bytes(4, "little") + b"\x95" + bytes(7)
+    socket_filter = 1
+    fd = libbpf.bpf_prog_load(socket_filter, name, b"GPL", instructions, 2, None)
+    assert fd >= 0, os.strerror(-fd)
+    return int(fd)
+
+
+def qsteer(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user would; every traceback is a failure."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qsteer", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def lines(text: str) -> Sequence[str]:
+    return [line.rstrip() for line in text.splitlines()]

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Every step of a plan fails in turn: what had been done is undone, and the tap is as it was."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from qsteer import execute, holds, inventory, kernel, procs
+from qsteer.errors import BusyError, ConflictError, QsteerError
+from qsteer.inventory import Tap
+from qsteer.kernel import Source
+from qsteer.plan import Static, Wanted, plan_apply, plan_off
+from tests.kernel import support
+
+pytestmark = pytest.mark.root
+
+
+def seen() -> Tap:
+    """This test's tap, looked at afresh."""
+    taps = inventory.fetch()
+    return next(tap for tap in taps if tap.holder and tap.holder.pid == os.getpid())
+
+
+@pytest.fixture(autouse=True)
+def own_runtime_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holds, "RUNTIME", tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def steered(tap: support.TapUnderTest) -> Iterator[int]:
+    """The id of a program that is attached already."""
+    yield execute.execute(plan_apply(seen(), Wanted()))
+
+
+def fail(*_: object, **__: object) -> None:
+    raise QsteerError("made to fail")
+
+
+STATIC = Wanted(source=Source.STATIC, static=Static(table=(0, 1)))
+
+
+@pytest.mark.parametrize("broken", ["load_program", "attach"])
+def test_apply_that_fails_leaves_what_was(steered: int, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_apply(seen(), STATIC)
+    monkeypatch.setattr(kernel, broken, fail)
+    with pytest.raises(QsteerError, match="made to fail"):
+        execute.execute(plan)
+    monkeypatch.undo()
+    assert seen().program_id == steered
+
+
+def test_apply_that_cannot_lift_the_hold(steered: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    execute.execute(plan_off(seen()))
+    held = seen()
+    assert held.hold and not held.program_id
+    with monkeypatch.context() as patched:
+        patched.setattr(holds, "remove", fail)
+        with pytest.raises(QsteerError, match="made to fail"):
+            execute.execute(plan_apply(held, STATIC))
+    assert (seen().program_id, seen().hold) == (0, True)
+
+
+def test_off_that_cannot_detach_lifts_its_hold(steered: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(kernel, "detach", fail)
+        with pytest.raises(QsteerError, match="made to fail"):
+            execute.execute(plan_off(seen()))
+    assert (seen().program_id, seen().hold) == (steered, False)
+
+
+def test_a_result_that_the_kernel_does_not_confirm(
+    tap: support.TapUnderTest, steered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something else takes the program off at once: that is said, and what was before is put back."""
+
+    def undone(queue_fd: int, prog_fd: int) -> None:
+        kernel.detach(queue_fd)
+
+    plan = plan_apply(seen(), STATIC)
+    before = kernel.attach
+    calls = []
+
+    def once(queue_fd: int, prog_fd: int) -> None:
+        calls.append(prog_fd)
+        (undone if len(calls) == 1 else before)(queue_fd, prog_fd)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kernel, "attach", once)
+        with pytest.raises(ConflictError, match="something else"):
+            execute.execute(plan)
+    assert seen().program_id == steered
+
+
+def test_no_program_is_left_behind(steered: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a failed apply loaded is gone, and no fd of this process holds a program."""
+    plan = plan_apply(seen(), STATIC)
+    with monkeypatch.context() as patched:
+        patched.setattr(kernel, "attach", fail)
+        with pytest.raises(QsteerError):
+            execute.execute(plan)
+    execute.execute(plan)
+    assert procs.held_programs(os.getpid()) == {}
+
+
+def test_a_tap_that_went_away(tap: support.TapUnderTest) -> None:
+    plan = plan_apply(seen(), STATIC)
+    fds = tap.open.fds
+    saved = [os.dup(fd) for fd in fds]
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for fd in fds:
+        os.dup2(nothing, fd)
+    os.close(nothing)
+    try:
+        with pytest.raises(QsteerError):
+            execute.execute(plan)
+    finally:
+        for copy, fd in zip(saved, fds, strict=True):
+            os.dup2(copy, fd)
+            os.close(copy)
+
+
+def test_one_change_at_a_time() -> None:
+    with execute.lock(1), pytest.raises(BusyError), execute.lock(0.05):
+        pass

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Both builds of the steering program against the reference: one packet, one queue, whoever computes it."""
+
+import contextlib
+import os
+import random
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from qsteer import kernel
+from qsteer.errors import QsteerError
+from qsteer.kernel import Build, Program, Source
+from qsteer.reference import classify, queue_of
+from qsteer.rss import HashType, RssConfig
+from tests import packets
+from tests.kernel import support
+
+pytestmark = pytest.mark.root
+
+BUILDS = tuple(Build)
+QUEUES = 16
+SO_ATTACH_BPF = 50
+
+EVERYTHING = RssConfig(
+    types=packets.ALL_TYPES, key=bytes(range(7, 47)), table=tuple(range(128)), unclassified_queue=999
+)
+
+
+@contextlib.contextmanager
+def loaded(build: Build, config: RssConfig) -> Iterator[Program]:
+    program = kernel.load_program(tap="qs-tap", source=Source.STATIC, config=config, build=build)
+    try:
+        yield program
+    finally:
+        program.close()
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(("name", "packet"), packets.GOLDEN)
+def test_golden_packets(build: Build, name: str, packet: bytes) -> None:
+    with loaded(build, EVERYTHING) as program:
+        try:
+            answer = kernel.run_program(program.prog_fd, packet)
+        except QsteerError:
+            # BPF_PROG_TEST_RUN refuses what is shorter than its IP header; a real tap takes it (below).
+            assert len(packet) < 14 + 40
+            return
+    assert answer.queue == queue_of(packet, EVERYTHING)
+    assert not answer.cb_left
+
+
+def test_random_packets() -> None:
+    """100,000 packets of every shape, over many configurations, through both builds."""
+    rng = random.Random(20)
+    run = refused = hashed = 0
+    for seed in range(100):
+        config = packets.random_config(rng)
+        with loaded(Build.SHARED_BODY, config) as shared, loaded(Build.COMPLETE, config) as complete:
+            for packet in packets.random_packets(seed, 1050):
+                try:
+                    answers = [kernel.run_program(program.prog_fd, packet) for program in (shared, complete)]
+                except QsteerError:
+                    refused += 1
+                    continue
+                wanted = queue_of(packet, config)
+                assert [answer.queue for answer in answers] == [wanted, wanted], (config, packet.hex())
+                assert not any(answer.cb_left for answer in answers)
+                run += 1
+                hashed += classify(packet, config.types) is not None
+    assert run >= 100_000
+    assert hashed > run / 3
+    assert refused < run / 20
+
+
+def through(tap: support.TapUnderTest, sock: socket.socket, packet: bytes, header: bytes = b"") -> int:
+    """The queue that a packet comes out of."""
+    sock.send(header + packet)
+    queue, frame = tap.receive()
+    assert frame == packet
+    return queue
+
+
+def cut_packets() -> list[bytes]:
+    """Golden packets, whole and cut: what a cut one lacks is still in memory from the whole one before it."""
+    cut = []
+    for _, packet in packets.GOLDEN[::3]:
+        cut += [packet, *(packet[:length] for length in range(14, min(len(packet), 140), 3))]
+    return cut
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_on_a_tap(namespace: str, build: Build) -> None:
+    """Random packets, and golden ones cut short, as tun itself runs the program."""
+    shapes = [*packets.random_packets(77, 1500), *cut_packets()]
+    with support.tap("qs-tap", QUEUES) as tap, loaded(build, EVERYTHING) as program, support.sender(tap.name) as sock:
+        tap.attach(program)
+        for packet in shapes:
+            assert through(tap, sock, packet) == queue_of(packet, EVERYTHING) % QUEUES, packet.hex()
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(
+    "tags",
+    [
+        (),
+        (packets.ETH_8021Q,),
+        (packets.ETH_8021AD,),
+        (packets.ETH_8021AD, packets.ETH_8021Q),
+        (0x8100, 0x8100, 0x8100),
+    ],
+)
+def test_vlan_through_a_bridge(namespace: str, build: Build, tags: tuple[int, ...]) -> None:
+    """On the way through veth and bridge the outer tag leaves the packet's data."""
+    support.add_bridge("qs-br")
+    support.add_veth("qs-veth", "qs-peer")
+    support.links_up("qs-veth")
+    support.links_up("qs-peer", master="qs-br")
+    with support.tap("qs-tap", QUEUES) as tap, loaded(build, EVERYTHING) as program, support.sender("qs-veth") as sock:
+        support.links_up(tap.name, master="qs-br")
+        tap.attach(program)
+        for packet in flows(tags):
+            assert through(tap, sock, packet) == queue_of(packet, EVERYTHING) % QUEUES
+
+
+def flows(tags: tuple[int, ...] = ()) -> list[bytes]:
+    """Some hundred flows: IPv4 and IPv6, TCP and UDP, with and without options and extension headers."""
+    made = []
+    for port in range(30):
+        tcp, udp = packets.tcp((port, 80), b"payload"), packets.udp((port, 53), b"payload")
+        made += [
+            packets.ethernet(packets.ETH_IPV4, packets.ipv4(packets.TCP, tcp), tags=tags),
+            packets.ethernet(packets.ETH_IPV4, packets.ipv4(packets.UDP, udp), tags=tags),
+            packets.ethernet(packets.ETH_IPV6, packets.ipv6(packets.TCP, tcp), tags=tags),
+            packets.ethernet(
+                packets.ETH_IPV6,
+                packets.ipv6(packets.UDP, udp, extensions=(packets.destination(packets.home_address()),)),
+                tags=tags,
+            ),
+        ]
+    return made
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("linear", [14, 18, 22, 30, 40, 58])
+def test_headers_outside_of_the_linear_area(namespace: str, build: Build, linear: int) -> None:
+    """Another guest's tap, with a small hdr_len in the virtio-net header, leaves only that many bytes linear.
+
+    tun does so from a page on (drivers/net/tun.c: tun_alloc_skb), hence jumbo frames.
+    """
+    support.add_bridge("qs-br")
+    header = bytes((0, 0)) + linear.to_bytes(2, "little") + bytes(6)
+    shapes = [*flows(), *flows((packets.ETH_8021AD, packets.ETH_8021Q)), *packets.random_packets(3, 300)]
+    with (
+        support.tap("qs-tap", QUEUES) as tap,
+        support.tap("qs-from", 1) as guest,
+        loaded(build, EVERYTHING) as program,
+    ):
+        support.links_up(tap.name, guest.name, "qs-br", mtu=9000)
+        support.links_up(tap.name, guest.name, master="qs-br")
+        tap.attach(program)
+        for shape in shapes:
+            packet = shape.ljust(5000, b"\xa5")
+            os.write(guest.open.fds[0], header + packet)
+            assert tap.receive() == (queue_of(packet, EVERYTHING) % QUEUES, packet)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_nothing_is_read_on_a_unix_socket(build: Build) -> None:
+    """QEMU has the program's fd; what the program returns must tell nothing of the kernel's memory."""
+    config = RssConfig(types=packets.ALL_TYPES, key=EVERYTHING.key, table=(600,) * 128, unclassified_queue=7)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with loaded(build, config) as program, ours, theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, SO_ATTACH_BPF, program.prog_fd)
+        theirs.settimeout(support.WAIT_S)
+        for message in [*(bytes((0x45,)) * length for length in (1, 2, 13, 14, 15, 20, 34, 1000)), *flows()]:
+            ours.send(message)
+            # A socket filter's answer is the number of bytes to keep.
+            assert len(theirs.recv(2000)) == min(7, len(message))
+
+
+def test_nothing_is_read_on_a_udp_socket() -> None:
+    config = RssConfig(types=packets.ALL_TYPES, key=EVERYTHING.key, table=(600,) * 128, unclassified_queue=20)
+    with (
+        loaded(Build.SHARED_BODY, config) as program,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as theirs,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours,
+    ):
+        theirs.bind(("127.0.0.1", 0))
+        theirs.setsockopt(socket.SOL_SOCKET, SO_ATTACH_BPF, program.prog_fd)
+        theirs.settimeout(support.WAIT_S)
+        for length in (0, 1, 11, 12, 13, 900):
+            ours.sendto(bytes(length), theirs.getsockname())
+            # 8 of the 20 bytes are the UDP header's.
+            assert len(theirs.recv(2000)) == min(12, length)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_hostile_maps(tap: support.TapUnderTest, build: Build) -> None:
+    """Whatever QEMU writes into the maps, packets go somewhere, and to the unclassified queue if it makes no sense."""
+    packet = flows()[0]
+    with loaded(build, EVERYTHING) as program:
+        for length, types, redirect in (
+            (0, 511, 1),
+            (100, 511, 1),
+            (129, 511, 1),
+            (65535, 511, 1),
+            (128, 0, 1),
+            (128, 511, 0),
+        ):
+            write_config(program, redirect=redirect, types=types, length=length, unclassified=65535)
+            assert kernel.run_program(program.prog_fd, packet).queue == 65535
+        write_config(program, redirect=255, types=0xFFFFFFFF, length=128, unclassified=0)
+        assert kernel.run_program(program.prog_fd, packet).queue == queue_of(packet, EVERYTHING)
+
+
+def write_config(program: Program, *, redirect: int, types: int, length: int, unclassified: int) -> None:
+    """What a hostile QEMU may do: the shim writes any configuration, only Python refuses."""
+    from qsteer._shim import ffi, lib
+
+    raw = ffi.new(
+        "struct qs_rss_config *",
+        {"redirect": redirect, "hash_types": types, "indirections_len": length, "default_queue": unclassified},
+    )
+    table = ffi.new("uint16_t[128]", EVERYTHING.table)
+    assert lib.qs_config_write(program.config_fd, program.key_fd, program.table_fd, raw, EVERYTHING.key, table) == 0
+
+
+def test_two_taps_with_one_ifindex(need_root: None) -> None:
+    """Each pod has a tap of the same name and ifindex; each is steered by its own table."""
+    with contextlib.ExitStack() as stack:
+        taps = []
+        for queue in (1, 3):
+            namespace = stack.enter_context(support.network_namespace())
+            tap = stack.enter_context(support.tap("qs-tap", 4))
+            config = RssConfig(types=packets.ALL_TYPES, key=EVERYTHING.key, table=(queue,))
+            tap.attach(stack.enter_context(loaded(Build.SHARED_BODY, config)))
+            taps.append((namespace, tap, queue))
+        seen = [open_queue for open_queue in kernel.open_queues() if open_queue.pid == os.getpid()]
+        assert len({open_queue.ifindex for open_queue in seen}) == 1
+        assert len({open_queue.netns for open_queue in seen}) == 2
+        for namespace, tap, queue in taps:
+            with support.inside(namespace), support.sender("qs-tap") as sock:
+                assert {through(tap, sock, packet) for packet in flows()} == {queue}
+
+
+def test_what_is_loaded_says_who_it_is() -> None:
+    with loaded(Build.COMPLETE, EVERYTHING) as program:
+        info = kernel.program_info(program.id)
+        assert info.kind is kernel.Kind.QSTEER
+        assert info.ident and info.ident.tap == "qs-tap" and info.ident.build is Build.COMPLETE
+        assert kernel.read_maps(info).config == EVERYTHING
+    assert HashType.TCP4 in EVERYTHING.types
+
+
+def test_the_body_is_gone(tap: support.TapUnderTest) -> None:
+    """A stub without its body still answers, leaves no address behind, and is reported as broken."""
+    from qsteer._shim import ffi, lib
+
+    empty = ffi.new("int *")
+    body = str(kernel.OBJECTS / "tap_body.bpf.o").encode()
+    assert lib.qs_bodies_create(body, empty) == 0
+    program = kernel._load(Build.SHARED_BODY, "qs-tap", Source.STATIC, 0, empty[0])
+    kernel._write_config(program, EVERYTHING)
+    try:
+        info = kernel.program_info(program.id)
+        assert kernel.body_present(info)
+        assert kernel.run_program(program.prog_fd, flows()[0]).queue == queue_of(flows()[0], EVERYTHING)
+        os.close(empty[0])  # the last hold on the prog_array: the kernel empties it
+        assert not kernel.body_present(info)
+        answer = kernel.run_program(program.prog_fd, flows()[0])
+        assert answer.queue < 128 and not answer.cb_left
+        tap.attach(program)
+        assert "broken" in support.qsteer("status", "--dev", tap.name).stdout
+    finally:
+        program.close()

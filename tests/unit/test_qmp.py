@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The QMP edge against a QEMU made of a few lines of Python; integration/ has the real one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qsteer import qmp
+from qsteer.errors import BusyError, PermissionDeniedError, QsteerError, UnsupportedError
+
+GREETING = {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""}, "capabilities": []}}
+PROPERTIES = [{"name": "mq", "type": "bool"}, {"name": "vectors", "type": "uint32", "description": "x"}, {"name": 7}, 8]
+
+FAKE_QEMU = f"""#!{sys.executable} -IS
+import json, os, socket, sys, time
+fd = int(next(a for a in sys.argv if a.startswith("socket,id=")).rpartition("fd=")[2])
+monitor = socket.socket(fileno=fd).makefile("rw")
+def say(message):
+    print(json.dumps(message), file=monitor, flush=True)
+PRELUDE
+say({GREETING!r})
+for line in monitor:
+    message = json.loads(line)
+    answer = {{"return": {{}}}}
+    if message["execute"] == "device-list-properties" and message["arguments"]["typename"] != "virtio-net-pci":
+        answer = {{"error": {{"class": "DeviceNotFound", "desc": "not found"}}}}
+    elif message["execute"] == "device-list-properties":
+        answer = {{"return": {PROPERTIES!r}}}
+    elif message["execute"] == "request-ebpf" and "old" in sys.argv[0]:
+        answer = {{"error": {{"class": "CommandNotFound", "desc": "not found"}}}}
+    say(answer | {{"id": message["id"]}})
+"""
+
+
+def fake_qemu(directory: Path, prelude: str = "", name: str = "qemu") -> str:
+    path = directory / name
+    path.write_text(FAKE_QEMU.replace("PRELUDE", prelude))
+    path.chmod(0o755)
+    return str(path)
+
+
+def script(directory: Path, text: str) -> str:
+    path = directory / "script"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def open_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+
+def test_probe(tmp_path: Path) -> None:
+    before = open_fds()
+    found = qmp.probe(fake_qemu(tmp_path), drivers=("virtio-net-pci", "virtio-net-ccw"))
+    assert found.version == (10, 0, 2)
+    assert found.version_text == "10.0.2"
+    assert found.libbpf
+    assert found.properties == {"virtio-net-pci": {"mq": "bool", "vectors": "uint32"}}
+    assert not qmp.probe(fake_qemu(tmp_path, name="old"), drivers=()).libbpf
+    assert open_fds() == before
+
+
+def test_what_a_probed_qemu_gets(tmp_path: Path) -> None:
+    """The standard streams, the monitor, the lifeline, no fd of ours; no machine; a process group of its own."""
+    seen = tmp_path / "seen"
+    prelude = f"fds = [os.readlink(f'/proc/self/fd/{{n}}') for n in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{{n}}')]\n"
+    prelude += f"open({str(seen)!r}, 'w').write(json.dumps([fds, sys.argv, os.getpgid(0) == os.getpid(), os.environ.get('MARK')]))"
+    with (tmp_path / "ours").open("w") as ours:
+        os.set_inheritable(ours.fileno(), True)
+        qmp.probe(fake_qemu(tmp_path, prelude), drivers=(), become=lambda: os.environ.update(MARK="became"))
+    fds, argv, leads, _ = json.loads(seen.read_text())
+    assert not any("ours" in fd for fd in fds)
+    assert sum(fd.startswith("socket:") for fd in fds) == 1
+    assert argv[1:3] == ["-machine", "none"]
+    assert {"-nodefaults", "-no-user-config", "-S"} <= set(argv)
+    assert leads
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("exit 0", "it closed the monitor"),
+        ("echo oh no >&2; echo more >&2; exit 1", "oh no"),
+        ("printf 'a\\033[2Jb' >&2", "a?[2Jb"),
+        ("kill -9 $$", "it closed the monitor"),
+    ],
+)
+def test_what_is_no_qemu(tmp_path: Path, text: str, says: str) -> None:
+    binary = script(tmp_path, text)
+    with pytest.raises(UnsupportedError) as caught:
+        qmp.probe(binary, drivers=())
+    assert str(caught.value) == f'"{binary}" does not run as QEMU: {says}'
+
+
+@pytest.mark.parametrize(
+    "prelude",
+    [
+        "say({'QMP': 7}); time.sleep(60)",
+        "say([]); time.sleep(60)",
+        "print('hello', file=monitor, flush=True); time.sleep(60)",
+        "say({'QMP': {'version': {'qemu': {'major': '10'}}, 'capabilities': []}}); "
+        + 'say({"return": {}, "id": "x"}); time.sleep(60)',
+        "print('{' * 100000, file=monitor, flush=True); time.sleep(60)",
+    ],
+)
+def test_a_qemu_that_talks_nonsense(tmp_path: Path, prelude: str) -> None:
+    with pytest.raises(UnsupportedError, match="does not run as QEMU") as caught:
+        qmp.probe(fake_qemu(tmp_path, prelude), drivers=("virtio-net-pci",))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_qemu_that_says_nothing_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmp, "PROBE_TIMEOUT_S", 0.3)
+    pids = tmp_path / "pids"
+    binary = script(tmp_path, f"sleep 600 & echo $$ $! > {pids}; wait")
+    with pytest.raises(UnsupportedError, match=r"does not answer as QEMU within 0\.3 s"):
+        qmp.probe(binary, drivers=())
+    wait_until_gone(*map(int, pids.read_text().split()))
+
+
+def test_the_death_of_qsteer_ends_it(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    binary = script(tmp_path, f"sleep 600 & echo $$ $! > {pids}.new; mv {pids}.new {pids}; wait")
+    code = f"from qsteer import qmp; qmp.probe({binary!r}, drivers=())"
+    prober = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    deadline = time.monotonic() + 20
+    while not pids.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    prober.send_signal(signal.SIGKILL)
+    prober.wait()
+    wait_until_gone(*map(int, pids.read_text().split()))
+
+
+def wait_until_gone(*pids: int) -> None:
+    deadline = time.monotonic() + 10
+    for pid in pids:
+        while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]:
+            assert time.monotonic() < deadline, f"process {pid} is still there"
+            time.sleep(0.01)
+
+
+def test_a_binary_that_cannot_be_run(tmp_path: Path) -> None:
+    before = open_fds()
+    with pytest.raises(QsteerError, match="No such file"):
+        qmp.probe(str(tmp_path / "nosuch"), drivers=())
+    (tmp_path / "plain").touch()
+    with pytest.raises(PermissionDeniedError):
+        qmp.probe(str(tmp_path / "plain"), drivers=())
+
+    def fail() -> None:
+        raise PermissionError(1, "no")
+
+    with pytest.raises(QsteerError, match="cannot become the VM's user"):
+        qmp.probe(fake_qemu(tmp_path), drivers=(), become=fail)
+    assert open_fds() == before
+
+
+class Monitor(threading.Thread):
+    """A QMP socket that serves clients one after the other, as QEMU does."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(daemon=True)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(path))
+        self.listener.listen(4)
+        self.received: list[dict[str, object]] = []
+
+    def run(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            with client, client.makefile("rw") as stream:
+                print(json.dumps(GREETING), file=stream, flush=True)
+                for line in stream:
+                    message = json.loads(line)
+                    self.received.append(message)
+                    answer: dict[str, object] = {"return": {"echo": message.get("arguments")}}
+                    if message["execute"] == "fail":
+                        answer = {"error": {"class": "GenericError", "desc": "first\nsecond"}}
+                    print(json.dumps({"event": "X", "timestamp": {"seconds": 1, "microseconds": 2}}), file=stream)
+                    print(json.dumps(answer | {"id": message["id"]}), file=stream, flush=True)
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.join()
+        self.listener.close()
+
+
+@pytest.fixture
+def monitor(tmp_path: Path) -> Iterator[Monitor]:
+    monitor = Monitor(tmp_path / "qmp")
+    monitor.start()
+    yield monitor
+    monitor.close()
+
+
+def test_execute(tmp_path: Path, monitor: Monitor) -> None:
+    path = str(tmp_path / "qmp")
+    assert qmp.execute(path, "do", {"a": 1}) == {"echo": {"a": 1}}
+    assert [message["execute"] for message in monitor.received] == ["qmp_capabilities", "do"]
+    with socket.socket(socket.AF_UNIX) as ours:
+        ours.connect(path)
+        assert qmp.execute(ours, "do") == {"echo": {}}
+    with pytest.raises(QsteerError) as caught:
+        qmp.execute(path, "fail")
+    assert str(caught.value) == f"QEMU at {path} did not do fail: first"
+
+
+def test_execute_while_another_client_holds_the_monitor(tmp_path: Path, monitor: Monitor) -> None:
+    path = str(tmp_path / "qmp")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(path)
+        other.recv(1)
+        with pytest.raises(BusyError, match=r"does not answer within 0\.2 s"):
+            qmp.execute(path, "do", timeout_s=0.2)
+    assert monitor.is_alive()
+
+
+def test_execute_where_nobody_is(tmp_path: Path) -> None:
+    with pytest.raises(QsteerError, match="cannot reach QEMU.*No such file"):
+        qmp.execute(str(tmp_path / "qmp"), "do")
