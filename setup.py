@@ -5,6 +5,7 @@ Everything else about the package is in pyproject.toml.  CC and CLANG name other
 """
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -51,7 +52,7 @@ def missing_tools() -> tuple[str, ...]:
 def compile_bpf(source: Path, target: Path) -> None:
     """One BPF object with its BTF; the rest of the debugging information is dropped where llvm-strip is at hand."""
     # asm/ headers are in the directory of the machine's own architecture, where clang does not look for the BPF target.
-    machine_headers = Path("/usr/include", output_of(CLANG, "-print-multiarch"))
+    machine_headers = Path("/usr/include", sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu")
     # BTF keeps the names of the sources: the same object comes out wherever the source tree is.
     reproducible = f"-fdebug-prefix-map={Path.cwd()}=."
     command = (CLANG, *BPF_FLAGS, f"-idirafter{machine_headers}", reproducible, "-c", str(source), "-o", str(target))

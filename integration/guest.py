@@ -82,6 +82,7 @@ class Guest:
         self._pass_fds = pass_fds
         self._number = 0
         self._pending = b""
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix=f"qsteer-{self.name}-"))
@@ -121,6 +122,7 @@ class Guest:
         self._watcher.communicate()
         self._end()
         self._listener.close()
+        self._open.close()
         if error is None:
             shutil.rmtree(self.folder)
         else:
@@ -165,6 +167,7 @@ class Guest:
         while True:
             try:
                 self._socket, _ = self._listener.accept()
+                self._open.enter_context(self._socket)
                 break
             except TimeoutError:
                 if self._process.poll() is not None:

@@ -37,7 +37,7 @@ GUEST_SOURCES = Path(__file__).resolve().parent / "guest"
 PACKAGES = ("cpio", "gcc", "kmod", "libc6-dev")
 GUEST_SUITE = "bookworm"
 """Also on Debian 13: there the guest's kernel (6.12.107) tells ethtool one RSS key and the device another, shifted by a
-byte.  The fix is Linux commit 4156c3745f06, "virtio_net: Fix misalignment bug in struct virtnet_info"."""
+byte (seen in QEMU's device state)."""
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 GUEST_PACKAGES = ("busybox-static", "ethtool")
 QEMU_PACKAGE = "qemu-system-x86"

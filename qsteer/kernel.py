@@ -4,7 +4,8 @@
 Theory of operation
 -------------------
 A tap's program comes in two builds that give the same queue on every packet.  ``shared-body``: a stub of the tap's
-own tail-calls one body that is loaded once per host and kept by a pin (a prog_array is emptied when its last fd or pin goes).
+own tail-calls one body that is loaded once per host and kept by a pin (a prog_array is emptied when its last fd or pin
+goes).
 ``complete``: all in one, for where the body cannot load (no CAP_PERFMON, a kernel before 6.2, no writable BPF file
 system).  ``load_program`` tries the first and falls back to the second; a freshly pinned body has to give the
 right queue for known packets before anything uses it.

@@ -35,6 +35,7 @@ PROBE_TIMEOUT_S = 20.0
 
 _STDERR_MAX = 4096
 _DISCONNECT_TIMEOUT_S = 1.0
+_LAST_WORDS_S = 0.5
 _Answer = TypeVar("_Answer")
 
 
@@ -143,7 +144,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 def _first_line(child: subprocess.Popen[bytes]) -> str:
     """The first line that the child has written to its stderr, if any."""
-    if not child.stderr or not select.select((child.stderr,), (), (), _DISCONNECT_TIMEOUT_S)[0]:
+    if not child.stderr or not select.select((child.stderr,), (), (), _LAST_WORDS_S)[0]:
         return ""
     text = os.read(child.stderr.fileno(), _STDERR_MAX).decode("utf-8", "replace")
     return _line(text)
@@ -159,7 +160,7 @@ def _reason(error: BaseException) -> str:
     cause = getattr(error, "exc", error)
     if isinstance(cause, EOFError):
         return "it closed the monitor"
-    return _line(str(cause)) or type(cause).__name__
+    return _line(str(cause)).rstrip(": ") or type(cause).__name__
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -19,7 +19,7 @@
 #define QS_ETH_HLEN 14
 
 extern void *bpf_cast_to_kern_ctx(void *obj) __ksym;
-extern void *bpf_rdonly_cast(void *obj, __u32 btf_id) __ksym;
+extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id) __ksym;
 
 struct qs_reader {
 	struct __sk_buff *skb;

@@ -9,12 +9,14 @@ import select
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pyroute2 import IPRoute, netns
 
 from qsteer import kernel
+from qsteer.errors import QsteerError
 
 VNET_HEADER = 10
 """Length of the virtio-net header before every frame that is read from a tap or written to it."""
@@ -134,6 +136,27 @@ def foreign_program(answer: int, name: bytes = b"lb_steer") -> int:
     fd = libbpf.bpf_prog_load(socket_filter, name, b"GPL", instructions, 2, None)
     assert fd >= 0, os.strerror(-fd)
     return int(fd)
+
+
+def wait_until(what: str, condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+    """Look again and again, until a deadline; for what sends no signal."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.05)
+
+
+def loaded_programs(name: str = "qsteer_tap") -> set[int]:
+    """The ids of all programs of the host that have a name."""
+    libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    found: set[int] = set()
+    number = ctypes.c_uint32(0)
+    while libbpf.bpf_prog_get_next_id(number, ctypes.byref(number)) == 0:
+        # One may be unloaded between the two calls.
+        with contextlib.suppress(QsteerError):
+            if kernel.program_info(number.value).name == name:
+                found.add(number.value)
+    return found
 
 
 def qsteer(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
