@@ -3,10 +3,10 @@
 
 Three guests, each with a NIC of four queues:
 
-- ``demo``, started by ``qsteer run`` as an ordinary user: the guest sets its RSS table, changes it, and each flow must
-  arrive on the queue that the guest's own key and table give it.  Then the same flows with steering off (automq);
-- ``software``, as the same user, without qsteer: QEMU may not load BPF, and moves the packets itself;
-- ``plain``, QEMU on its own, without RSS: ``qsteer apply`` and ``off`` from outside.
+- ``qsdemo``, started by ``qsteer run`` as an ordinary user: the guest sets its RSS table, changes it, and each flow
+  must arrive on the queue that the guest's own key and table give it.  Then the same flows with steering off (automq);
+- ``qsdemo-software``, as the same user, without qsteer: QEMU may not load BPF, and moves the packets itself;
+- ``qsdemo-plain``, QEMU on its own, without RSS: ``qsteer apply`` and ``off`` from outside.
 
 Exit status 0 if every phase holds.  Figures go to build/demo.json.
 """
@@ -146,10 +146,10 @@ def main_guest(demo: Demo, guest: Guest, tap: str) -> None:
     config = guest.rss()
     demo.measure("equal 3", guest, tap, config, steered_by="qsteer")
 
-    demo.qsteer("off", "--dev", tap)
+    demo.qsteer("off", "--vm", guest.name)
     demo.expect_program(tap, None)
     demo.measure("automq", guest, tap, config, steered_by="the kernel", must_match=False)
-    demo.qsteer("apply", "--dev", tap)
+    demo.qsteer("apply", "--vm", guest.name)
     demo.measure("rss again", guest, tap, config, steered_by="qsteer")
 
 
@@ -164,12 +164,12 @@ def plain_guest(demo: Demo, guest: Guest, tap: str) -> None:
     config = RssConfig(types=BASE_TYPES, key=secrets.token_bytes(KEY_BYTES), table=weighted_table(APPLIED_WEIGHTS))
     before = demo.measure("before apply", guest, tap, config, steered_by="the kernel", must_match=False)
     demo.qsteer(
-        *("apply", "--dev", tap, "--source", "static", "--types", ",".join(format_hash_types(config.types))),
+        *("apply", "--vm", guest.name, "--source", "static", "--types", ",".join(format_hash_types(config.types))),
         *("--key", format_key(config.key), "--weight", ",".join(str(weight) for weight in APPLIED_WEIGHTS)),
     )
     demo.measure("apply", guest, tap, config, steered_by="qsteer")
     demo.expect_program(tap, "qsteer")
-    demo.qsteer("off", "--dev", tap)
+    demo.qsteer("off", "--vm", guest.name)
     demo.expect_program(tap, None)
     after = demo.measure("off", guest, tap, config, steered_by="the kernel", must_match=False)
     if after != before:
@@ -182,17 +182,22 @@ def run(demo: Demo) -> None:
     with contextlib.ExitStack() as stack:
         files = stack.enter_context(provision.readable_by(user, demo.files))
         demo.say(f"booting three guests with QEMU {files.qemu_version}, two of them as {user}")
-        qsteer_run = ("run", "--vm", "demo", "--tap", f"id=net0,queues={QUEUES},ifname=qsdemo0", "--user", user, "--")
+        qsteer_run = ("run", "--vm", "qsdemo", "--tap", f"id=net0,queues={QUEUES},ifname=qsdemo0", "--user", user, "--")
         demo.say(f"$ qsteer {' '.join(qsteer_run)} qemu-system-x86_64 ...")
-        main = Guest(files, name="demo", user=user, prefix=(sys.executable, "-m", "qsteer", *qsteer_run))
+        main = Guest(files, name="qsdemo", user=user, prefix=(sys.executable, "-m", "qsteer", *qsteer_run))
 
         tap = kernel.open_tap("qsdemo1", QUEUES)
         netdev = f"tap,id=net0,vhost=off,fds={':'.join(str(fd) for fd in tap.fds)}"
         software = Guest(
-            files, name="software", user=user, prefix=as_user(user), arguments=_nic(netdev, rss="on"), pass_fds=tap.fds
+            files,
+            name="qsdemo-software",
+            user=user,
+            prefix=as_user(user),
+            arguments=_nic(netdev, rss="on"),
+            pass_fds=tap.fds,
         )
         netdev = f"tap,id=net0,vhost=off,ifname=qsdemo2,queues={QUEUES},script=no,downscript=no"
-        plain = Guest(files, name="plain", arguments=_nic(netdev, rss="off"))
+        plain = Guest(files, name="qsdemo-plain", arguments=_nic(netdev, rss="off"))
 
         try:
             for guest in (main, software, plain):

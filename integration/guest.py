@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Self
 
 from integration.provision import Provisioned
-from qsteer import ethtool
+from qsteer import ethtool, qmp
 from qsteer.rss import BASE_TYPES, RssConfig
 
 ACCEL = os.environ.get("QSTEER_ACCEL", "tcg")
@@ -175,6 +175,13 @@ class Guest:
                 if time.monotonic() > deadline:
                     raise GuestError(self._story("QEMU did not start in time")) from None
         self._collect(deadline - time.monotonic())
+
+    def reset(self, timeout_s: float = BOOT_TIMEOUT_S) -> None:
+        """What the reset button does; until the guest takes commands again."""
+        qmp.execute(str(self.qmp), "set-action", {"reboot": "reset"})
+        qmp.execute(str(self.qmp), "system_reset")
+        self._number = 0
+        self._collect(timeout_s)
 
     def run(self, command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """A shell command's output.  Raises GuestError unless its exit status is 0."""

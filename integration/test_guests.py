@@ -98,6 +98,22 @@ def test_whose_program_it_is(files: Provisioned, user: str) -> None:
         os.close(program)
 
 
+def test_a_reset_of_the_guest(files: Provisioned, user: str) -> None:
+    """QEMU takes the program off at reset, and attaches it again when the guest's driver sets RSS up anew."""
+    tap = "qsg-reset"
+    run = ("run", "--vm", "reset", "--tap", f"id=net0,queues={QUEUES},ifname={tap}", "--user", user, "--")
+    with Guest(files, name="reset", user=user, prefix=(sys.executable, "-m", "qsteer", *run)) as guest:
+        guest.wait_ready()
+        guest.run("ethtool -X eth0 equal 2")
+        before = status("--vm", "reset")[tap]["program"]
+        guest.reset()
+        guest.run("ethtool -X eth0 equal 3")
+        after = status("--vm", "reset")[tap]
+        assert after["program"] == before and after["state"] == "ok"
+        verdict = verify(follow(guest, tap, files.flowrx, queues=QUEUES), guest.rss(), queues=QUEUES)
+        assert (verdict.mismatches, verdict.lost) == (0, 0)
+
+
 def test_software_steering_is_named_and_refused(files: Provisioned, user: str) -> None:
     """An unprivileged QEMU with rss=on and no program of anybody's undoes all other steering."""
     tap = kernel.open_tap("qsg-soft", QUEUES)

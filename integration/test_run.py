@@ -3,7 +3,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -294,4 +293,6 @@ def test_a_dry_run_makes_nothing(files: Provisioned, user: str) -> None:
     done = subprocess.run([*command[:4], "-n", *command[4:], *IDLE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "ebpf-rss-fds" in done.stdout and "load a steering program" in done.stdout
+    rehearsal = json.loads(support.qsteer(*command[3:4], "-n", "-j", *command[4:], *IDLE).stdout)
+    assert rehearsal["schema"] == "qsteer.run/1" and "-netdev" in rehearsal["command"]
     assert not link_exists()

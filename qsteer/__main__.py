@@ -4,7 +4,7 @@
 import os
 import sys
 
-from qsteer.errors import QsteerError
+from qsteer.errors import QsteerError, printable
 
 
 def main() -> int:
@@ -16,9 +16,9 @@ def main() -> int:
         sys.stdout.flush()
         return code
     except QsteerError as error:
-        print(f"qsteer: {error}", file=sys.stderr)
+        print(f"qsteer: {printable(str(error))}", file=sys.stderr)
         if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
+            print(f"hint: {printable(error.hint)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from qsteer import __version__
-from qsteer.errors import QsteerError, UsageError
+from qsteer.errors import QsteerError, UsageError, printable
 
 if TYPE_CHECKING:
     from qsteer.inventory import Selection, Tap
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     off.add_argument("--replace", action="store_true", help="take even a foreign program, or QEMU's own, off")
     off.add_argument("--timeout", type=_seconds, default=5.0, metavar="S", help="wait for another qsteer (5 s)")
 
-    run = verb("run", _run, "start QEMU with taps that are steered as the guest asks", change)
+    run = verb("run", _run, "start QEMU with taps that are steered as the guest asks", change, output)
     run.usage = "qsteer run [--vm NAME] --tap id=ID,queues=N[,...] [--user USER] [-n] -- QEMU [ARGUMENT ...]"
     run.add_argument("--vm", metavar="NAME", help="the VM's name; default: QEMU's -name")
     run.add_argument(
@@ -221,7 +221,7 @@ def _change(options: argparse.Namespace, schema: str, make_plan: "Callable[[Tap]
                     raise
                 failures.append(error)
                 hint = f" (hint: {error.hint})" if error.hint else ""
-                print(f"qsteer: {error}{hint}", file=sys.stderr)
+                print(printable(f"qsteer: {error}{hint}"), file=sys.stderr)
                 continue
             documents.append(render.plan_json(plan, program_id))
             if not options.json:
@@ -297,9 +297,18 @@ def _from_file(name: str) -> "Static":
 
 
 def _run(options: argparse.Namespace) -> int:
-    from qsteer import run
+    from dataclasses import asdict
+
+    from qsteer import render, run
 
     argv = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not argv:
         raise UsageError("no QEMU command line", hint="qsteer run --tap id=net0,queues=4 -- qemu-system-x86_64 ...")
-    return run.run(vm=options.vm, taps=options.tap, user=options.user, dry_run=options.dry_run, command=argv)
+    if options.json and not options.dry_run:
+        raise UsageError("run prints JSON for a dry run only", hint="qsteer run -n -j ...")
+    rehearsal = run.run(vm=options.vm, taps=options.tap, user=options.user, dry_run=options.dry_run, command=argv)
+    if options.json:
+        print(render.json_text({"schema": "qsteer.run/1", **asdict(rehearsal)}, pretty=options.pretty))
+    else:
+        _print(options, str(rehearsal))
+    return 0

@@ -83,6 +83,11 @@ _BY_ERRNO: dict[int, type[QsteerError]] = {
 }
 
 
+def printable(text: str) -> str:
+    """Text that may be another process's making, without what a terminal would act on."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def from_errno(code: int, message: str, *, hint: str = "") -> QsteerError:
     """The exception for a kernel's answer: an errno of either sign, and what failed on what."""
     code = abs(code)

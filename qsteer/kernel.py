@@ -169,7 +169,7 @@ def _check(result: int, message: str, hint: str = "") -> None:
         raise from_errno(result, message, hint=hint)
 
 
-def _check_bpf(result: int, message: str) -> None:
+def _check_bpf(result: int, message: str, hint: str = "") -> None:
     """As _check, for what libbpf does: its and the verifier's words go to the log.
 
     EPERM is a missing capability, EACCES and EINVAL the verifier's "no".
@@ -181,7 +181,7 @@ def _check_bpf(result: int, message: str) -> None:
         raise from_errno(result, message, hint=_missing_capabilities())
     if result == -errno.EACCES and said:
         raise UnsupportedError(f"{message}: the kernel's verifier refuses it", hint="-vv shows its reasons")
-    _check(result, message)
+    _check(result, message, hint)
 
 
 def _missing_capabilities() -> str:
@@ -225,7 +225,8 @@ def open_tap(name: str, queues: int) -> OpenTap:
                 )
             if result == -errno.E2BIG:
                 raise QsteerError(f'tap "{_string(buffer)}" cannot have {queues} queues', errno=errno.E2BIG)
-            _check(result, f'cannot open queue {index} of tap "{_string(buffer)}"', _tap_hint(-result))
+            what = f'queue {index} of tap "{_string(buffer)}"' if name or index else "a tap"
+            _check(result, f"cannot open {what}", _tap_hint(-result))
             fds.append(fd[0])
     except BaseException:
         for opened in fds:
@@ -629,7 +630,9 @@ def open_queues() -> tuple[OpenQueue, ...]:
     """
     records, count = ffi.new("struct qs_queue **"), ffi.new("size_t *")
     result = lib.qs_tun_queues(os.fsencode(OBJECTS / "tun_queues.bpf.o"), records, count)
-    _check_bpf(result, "cannot read from the kernel what is attached to its taps")
+    _check_bpf(
+        result, "cannot read from the kernel what is attached to its taps", hint="it takes Linux 6.1, with BTF, and tun"
+    )
     try:
         queues = tuple(_queue(records[0][i]) for i in range(count[0]))
     finally:

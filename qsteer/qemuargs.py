@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from qsteer.errors import UsageError
 
-CMDLINE_MAX = 1 << 20
+CMDLINE_MAX = 1 << 18
 """Bytes of another process's command line that are read, far more than a real QEMU's."""
 
 _TRUE = ("on", "yes", "true", "y")

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 
 from qsteer import ethtool
+from qsteer.errors import printable
 from qsteer.inventory import Tap
 from qsteer.kernel import ABI, Kind, Source
 from qsteer.plan import Plan, state, steers_in_software
@@ -20,11 +21,6 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
-
-
-def printable(text: str) -> str:
-    """Text of another process's making, without what a terminal would act on."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def source_of(tap: Tap) -> Source | None:
@@ -179,5 +175,10 @@ def plan_json(plan: Plan, program_id: int | None) -> Json:
 
 
 def document(schema: str, taps: Sequence[Json], *, pretty: bool) -> str:
-    """A JSON document that names its schema."""
-    return json.dumps({"schema": schema, "taps": taps}, indent=2 if pretty else None)
+    """A JSON document about taps, which names its schema."""
+    return json_text({"schema": schema, "taps": taps}, pretty=pretty)
+
+
+def json_text(value: Json, *, pretty: bool) -> str:
+    """JSON on one line, or indented."""
+    return json.dumps(value, indent=2 if pretty else None)

@@ -47,8 +47,20 @@ class Identity:
     home: str
 
 
-def run(*, vm: str | None, taps: Sequence[str], user: str | None, dry_run: bool, command: Sequence[str]) -> int:
-    """Start QEMU with NICs that are steered.  Returns 0 after a dry run; otherwise this process becomes QEMU.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """What a run would do: its steps in words, and QEMU's command line with names in place of the fds."""
+
+    steps: tuple[str, ...]
+    command: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join((*self.steps, f"  {shlex.join(self.command)}", *self.notes))
+
+
+def run(*, vm: str | None, taps: Sequence[str], user: str | None, dry_run: bool, command: Sequence[str]) -> Rehearsal:
+    """Start QEMU with NICs that are steered.  Returns only from a dry run; otherwise this process becomes QEMU.
 
     ``taps`` are the values of --tap, ``command`` is QEMU's argv, ``user`` None where --user is not given.  Raises
     QsteerError.
@@ -79,8 +91,7 @@ def run(*, vm: str | None, taps: Sequence[str], user: str | None, dry_run: bool,
 
     if not dry_run:
         _execute(plan, binary, identity, bridges)
-    print(_dry_run(plan, identity, bridges))
-    return 0
+    return _rehearse(plan, identity, bridges)
 
 
 def _execute(plan: RunPlan, binary: str, identity: Identity | None, bridges: Mapping[str, "Link"]) -> NoReturn:
@@ -216,8 +227,7 @@ def _who(identity: Identity | None) -> str:
     return f"{name} (uid {uid}), without capabilities"
 
 
-def _dry_run(plan: RunPlan, identity: Identity | None, bridges: Mapping[str, "Link"]) -> str:
-    """The plan in words, with names in place of the fds."""
+def _rehearse(plan: RunPlan, identity: Identity | None, bridges: Mapping[str, "Link"]) -> Rehearsal:
     steps: list[str] = []
     handles: list[NicHandles] = []
     for nic in plan.nics:
@@ -245,4 +255,4 @@ def _dry_run(plan: RunPlan, identity: Identity | None, bridges: Mapping[str, "Li
             )
         )
     steps.append(f"become {_who(identity)}, and run:")
-    return "\n".join((*steps, f"  {shlex.join(runplan.qemu_argv(plan, handles))}", *plan.notes))
+    return Rehearsal(steps=tuple(steps), command=runplan.qemu_argv(plan, handles), notes=plan.notes)

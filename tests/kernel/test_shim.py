@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What the C shim does that no other test goes through: fds over sockets, capabilities, taps of a given name."""
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from qsteer import kernel
+from qsteer.errors import NotFoundError, QsteerError
+from tests.kernel import support
+
+pytestmark = pytest.mark.root
+
+
+def test_queues_passed_over_a_socket(tap: support.TapUnderTest) -> None:
+    """The receiver has queues of the same tap, and nothing that a child would inherit."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        kernel.send_fds(ours.fileno(), tap.open.fds)
+        received = kernel.receive_fds(theirs.fileno(), 4)
+        try:
+            assert {kernel.tap_name(fd) for fd in received} == {tap.name}
+            assert not any(os.get_inheritable(fd) for fd in received)
+        finally:
+            for fd in received:
+                os.close(fd)
+
+
+@pytest.mark.parametrize(("sent", "wanted"), [(2, 1), (1, 2), (16, 4)])
+def test_another_number_of_fds_is_refused_and_none_kept(sent: int, wanted: int) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        kernel.send_fds(ours.fileno(), (ours.fileno(),) * sent)
+        before = os.listdir("/proc/self/fd")  # noqa: PTH208
+        with pytest.raises(QsteerError) as caught:
+            kernel.receive_fds(theirs.fileno(), wanted)
+        assert caught.value.errno == errno.EBADMSG
+        assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+
+
+def test_a_message_without_fds() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.send(b"\0")
+        with pytest.raises(QsteerError):
+            kernel.receive_fds(theirs.fileno(), 1)
+        with pytest.raises(QsteerError):
+            kernel.receive_fds(theirs.fileno(), 17)
+        with pytest.raises(QsteerError):
+            kernel.send_fds(ours.fileno(), ())
+
+
+def test_an_fd_of_another_process(tap: support.TapUnderTest) -> None:
+    with kernel.fd_of_process(os.getpid(), tap.open.fds[2]) as copy:
+        assert copy not in tap.open.fds
+        assert kernel.tap_name(copy) == tap.name
+    with pytest.raises(QsteerError), kernel.fd_of_process(os.getpid(), 9999):
+        pass
+    with pytest.raises(NotFoundError), kernel.fd_of_process(2**22 - 1, 0):
+        pass
+
+
+def test_what_is_no_tap() -> None:
+    with pytest.raises(QsteerError, match="not a queue"):
+        kernel.tap_name(0)
+    with pytest.raises(QsteerError, match="cannot attach"):
+        kernel.attach(0, 0)
+
+
+def test_no_second_owner_of_a_name(tap: support.TapUnderTest) -> None:
+    """A queue must never be added to somebody's tap: packets could land in it."""
+    with pytest.raises(QsteerError, match="in use"):
+        kernel.open_tap(tap.name, 2)
+    assert len([queue for queue in kernel.open_queues() if queue.pid == os.getpid()]) == 4
+
+
+def test_a_name_of_the_kernels_choice(namespace: str) -> None:
+    opened = kernel.open_tap("", 3)
+    try:
+        assert opened.name.startswith("tap") and {kernel.tap_name(fd) for fd in opened.fds} == {opened.name}
+    finally:
+        opened.close()
+
+
+def test_more_queues_than_a_tap_can_have(namespace: str) -> None:
+    with pytest.raises(QsteerError, match="257 queues"):
+        kernel.open_tap("qs-many", 257)
+    assert not [queue for queue in kernel.open_queues() if queue.pid == os.getpid()]
+
+
+def test_capabilities_are_given_up() -> None:
+    text = "from qsteer import kernel; kernel.drop_capabilities(); print(kernel.effective_capabilities())"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
+    assert kernel.effective_capabilities() != 0
+
+
+def test_a_queue_seen_once_whatever_holds_it(tap: support.TapUnderTest) -> None:
+    """dup and fork show one open file many times."""
+    copy = os.dup(tap.open.fds[0])
+    sleeper = subprocess.Popen(["sleep", "60"], pass_fds=tap.open.fds)
+    try:
+        queues = [queue for queue in kernel.open_queues() if queue.tap == tap.name]
+        assert sorted(queue.index for queue in queues) == [0, 1, 2, 3]
+        assert (queues[0].active, queues[0].disabled) == (4, 0)
+    finally:
+        os.close(copy)
+        sleeper.kill()
+        sleeper.wait()
