@@ -551,7 +551,9 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
         signal.signal(number, signal.SIG_IGN)
 
 
-def start(*taps: str, user: str | None = None, vm: str | None = None, command: Sequence[str] = (QEMU,)) -> run.Rehearsal:
+def start(
+    *taps: str, user: str | None = None, vm: str | None = None, command: Sequence[str] = (QEMU,)
+) -> run.Rehearsal:
     return run.run(vm=vm, taps=taps, user=user, dry_run=False, command=command)
 
 
