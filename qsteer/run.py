@@ -84,7 +84,7 @@ def run(*, vm: str | None, taps: Sequence[str], user: str | None, dry_run: bool,
             )
 
     probe = qmp.probe(binary, drivers=runplan.drivers_of(qemuargs.parse(command)), become=lambda: _become(identity))
-    plan = runplan.make_plan(specs=specs, command=command, probe=probe, vm=vm, vhost_available=VHOST_NET.exists())
+    plan = runplan.make_plan(specs=specs, command=command, probe=probe, vm=vm, vhost_available=_has_vhost())
     for process in procs.running_qemus() if plan.vm else ():
         if process.args and process.args.name == plan.vm:
             raise QsteerError(f'a VM named "{plan.vm}" runs already: process {process.pid} of uid {process.uid}')
@@ -153,6 +153,15 @@ def _load_program(tap: str, stack: contextlib.ExitStack) -> kernel.Program:
     program = kernel.load_program(tap=tap, source=kernel.Source.SHARED_MAPS)
     stack.callback(program.close)
     return program
+
+
+def _has_vhost() -> bool:
+    """Whether vhost works here.  The node may be there without the module, which opening it loads where it can."""
+    try:
+        os.close(os.open(VHOST_NET, os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def _open_vhost(queues: int, stack: contextlib.ExitStack) -> tuple[int, ...]:

@@ -264,7 +264,7 @@ def _device_of(spec: TapSpec, args: QemuArgs) -> Device | None:
 
 def _vhost(spec: TapSpec, available: bool, costs_rss: bool) -> bool:
     if spec.vhost is Vhost.ON and not available:
-        raise UnsupportedError(f"{spec.id}: vhost=on, but there is no /dev/vhost-net", hint="modprobe vhost_net")
+        raise UnsupportedError(f"{spec.id}: vhost=on without /dev/vhost-net", hint="modprobe vhost_net")
     if spec.vhost is Vhost.AUTO:
         return available and not costs_rss
     return spec.vhost is Vhost.ON
