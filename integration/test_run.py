@@ -15,6 +15,7 @@ import pytest
 
 from integration.provision import Provisioned
 from qsteer import kernel, procs, qmp
+from qsteer.model import OpenQueue, Source
 from tests.kernel import support
 
 pytestmark = [pytest.mark.root, pytest.mark.guest]
@@ -24,7 +25,7 @@ TAP = "qsrun0"
 IDLE = ("-machine", "q35", "-accel", "tcg", "-m", "64", "-nodefaults", "-no-user-config", "-display", "none", "-S")
 
 
-def our_queues(name: str = TAP) -> tuple[kernel.OpenQueue, ...]:
+def our_queues(name: str = TAP) -> tuple[OpenQueue, ...]:
     return tuple(queue for queue in kernel.open_queues() if queue.tap == name)
 
 
@@ -98,7 +99,7 @@ def test_what_qemu_gets(files: Provisioned, user: str) -> None:
         assert len(queues) == 4 and queues[0].active + queues[0].disabled == 4
         (program,) = procs.held_programs(qemu.process.pid)
         info = kernel.program_info(program)
-        assert info.ident and info.ident.tap == TAP and info.ident.source is kernel.Source.SHARED_MAPS
+        assert info.ident and info.ident.tap == TAP and info.ident.source is Source.SHARED_MAPS
 
         assert qemu.qmp("query-name") == {"name": "idle"}
         device = next(

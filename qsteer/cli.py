@@ -11,8 +11,9 @@ from qsteer import __version__
 from qsteer.errors import QsteerError, UsageError, printable
 
 if TYPE_CHECKING:
-    from qsteer.inventory import Selection, Tap
+    from qsteer.model import Tap
     from qsteer.plan import Plan, Static, Wanted
+    from qsteer.selection import Selection
 
 _EXIT_CODES = """exit codes: 0 done, 1 failed, 2 usage, 3 no such VM or tap, 4 permission, 5 unsupported here,
 6 conflict with a foreign program, 8 busy, try again"""
@@ -143,7 +144,7 @@ def _number(option: str, text: str) -> int:
 
 
 def _selection(options: argparse.Namespace, *, required: bool) -> "Selection":
-    from qsteer.inventory import Selection
+    from qsteer.selection import Selection
 
     selection = Selection(
         vms=tuple(options.vm), pids=tuple(options.pid), taps=tuple(options.dev), every=bool(options.all)
@@ -155,10 +156,11 @@ def _selection(options: argparse.Namespace, *, required: bool) -> "Selection":
 
 def _taps(options: argparse.Namespace, *, required: bool) -> "tuple[Tap, ...]":
     from qsteer import inventory
+    from qsteer.selection import select
 
     selection = _selection(options, required=required)
     taps = inventory.fetch()
-    return inventory.select(taps, selection) if selection else taps
+    return select(taps, selection) if selection else taps
 
 
 def _print(options: argparse.Namespace, text: str) -> None:
@@ -233,7 +235,7 @@ def _change(options: argparse.Namespace, schema: str, make_plan: "Callable[[Tap]
 
 
 def _wanted(options: argparse.Namespace) -> "Wanted":
-    from qsteer.kernel import Source
+    from qsteer.model import Source
     from qsteer.plan import Wanted
 
     static = _static(options)

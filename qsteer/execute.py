@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from qsteer import holds, kernel
 from qsteer.errors import BusyError, ConflictError, QsteerError, from_errno
-from qsteer.inventory import Tap
+from qsteer.model import Source, Tap
 from qsteer.plan import Attach, AttachHeld, Detach, Plan, PutHold, RemoveHold, Step
 
 
@@ -82,7 +82,7 @@ def _carry_out(step: Step, tap: Tap, fd: int, before: int | None, undo: contextl
     match step:
         case Attach():
             program = kernel.load_program(
-                tap=tap.name, source=kernel.Source.STATIC, config=step.config, displaced=step.displaced
+                tap=tap.name, source=Source.STATIC, config=step.config, displaced=step.displaced
             )
             try:
                 _switch(fd, before, undo, lambda: kernel.attach(fd, program.prog_fd))

@@ -1,100 +1,12 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""What is there: every tap of the host that some process holds, the VM behind it, and what steers it.
-
-``fetch`` looks (kernel, /proc, holds); the rest is pure.
-"""
+"""What is there: every tap of the host that some process holds, the VM behind it, and what steers it."""
 
 import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from qsteer import holds, kernel, procs, qemuargs
-from qsteer.errors import NotFoundError, QsteerError, UsageError
-from qsteer.kernel import Kind, MapsContent, OpenQueue, ProgramInfo
-from qsteer.procs import Process
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Nic:
-    """A virtio-net device and its netdev as QEMU's command line has them; None is what it does not say."""
-
-    netdev: str | None
-    rss: bool
-    vhost: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """A steering program that a QEMU has open, attached or not; ``fd`` is the QEMU's."""
-
-    fd: int
-    info: ProgramInfo
-    content: MapsContent | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tap:
-    """A tap, and all that decides how it is steered.
-
-    ``program_id`` is the kernel's word (0: none); ``program`` is None too where looking at it takes a right that is
-    missing.  ``nic`` is None where the command line does not tell (a NIC plugged in later).  ``held`` are the programs
-    of this tap's VM with QEMU's maps, and only those which may be meant for this tap.
-    """
-
-    name: str
-    ifindex: int
-    netns: int
-    active: int
-    disabled: int
-    multi_queue: bool
-    persistent: bool
-    queues: tuple[OpenQueue, ...]
-    program_id: int
-    program: ProgramInfo | None
-    content: MapsContent | None
-    body_present: bool
-    holder: Process | None
-    nic: Nic | None
-    held: tuple[Held, ...]
-    hold: bool
-
-    @property
-    def attached(self) -> int:
-        """Queues that some process has, those that the guest does not use included."""
-        return self.active + self.disabled
-
-    @property
-    def vm(self) -> Process | None:
-        """The QEMU that holds the tap."""
-        return self.holder if self.holder and self.holder.args else None
-
-    @property
-    def vm_name(self) -> str | None:
-        return self.vm.args.name or self.vm.args.uuid if self.vm and self.vm.args else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """Which taps are meant: kinds AND, repeats OR; nothing given selects all that ``every`` allows."""
-
-    vms: tuple[str, ...] = ()
-    pids: tuple[int, ...] = ()
-    taps: tuple[str, ...] = ()
-    every: bool = False
-
-    def __bool__(self) -> bool:
-        return bool(self.vms or self.pids or self.taps or self.every)
-
-    def matches(self, tap: Tap) -> bool:
-        """Whether a tap is selected.  ``every`` leaves out what is no multi-queue tap of a VM."""
-        args = tap.vm.args if tap.vm else None
-        if self.vms and not (args and (args.name in self.vms or args.uuid in self.vms)):
-            return False
-        if self.pids and not any(queue.pid in self.pids for queue in tap.queues):
-            return False
-        if self.taps and tap.name not in self.taps:
-            return False
-        return not self.every or (tap.multi_queue and tap.vm is not None)
+from qsteer.errors import QsteerError
+from qsteer.model import Held, Kind, MapsContent, Nic, OpenQueue, Process, ProgramInfo, Tap
 
 
 def fetch() -> tuple[Tap, ...]:
@@ -206,37 +118,3 @@ def _rss_asked(args: qemuargs.QemuArgs, device: qemuargs.Device) -> bool:
         if setting.property == "rss" and device.driver.startswith(setting.driver):
             answer = bool(qemuargs.parse_bool(setting.value))
     return answer
-
-
-def select(taps: Iterable[Tap], selection: Selection) -> tuple[Tap, ...]:
-    """The taps that are meant.
-
-    Raises NotFoundError if there is none, UsageError if a VM's name is that of several processes.
-    """
-    found = tuple(tap for tap in taps if selection.matches(tap))
-    for vm in selection.vms:
-        pids = {
-            tap.vm.pid: tap.vm for tap in found if tap.vm and tap.vm.args and vm in (tap.vm.args.name, tap.vm.args.uuid)
-        }
-        if len(pids) > 1:
-            candidates = "; ".join(
-                f"pid {pid}, uid {process.uid}, {', '.join(tap.name for tap in found if tap.vm == process)}"
-                for pid, process in sorted(pids.items())
-            )
-            raise UsageError(
-                f'"{vm}" is the name of {len(pids)} running VMs: {candidates}', hint="choose one with --pid"
-            )
-    if not found:
-        raise NotFoundError(_nothing_found(selection), hint="qsteer status lists what is there")
-    return found
-
-
-def _nothing_found(selection: Selection) -> str:
-    if selection.every:
-        return "no VM has a multi-queue tap"
-    wanted = [f'VM "{vm}"' for vm in selection.vms]
-    wanted += [f"process {pid}" for pid in selection.pids]
-    wanted += [f'tap "{tap}"' for tap in selection.taps]
-    if selection.taps and not (selection.vms or selection.pids):
-        return f"no {' or '.join(wanted)} that a process holds"
-    return f"no {' and '.join(wanted)} with a tap"

@@ -12,7 +12,6 @@ right queue for known packets before anything uses it.
 """
 
 import contextlib
-import enum
 import errno
 import functools
 import hashlib
@@ -27,6 +26,7 @@ from typing import Any
 from qsteer import __version__
 from qsteer._shim import ffi, lib
 from qsteer.errors import PermissionDeniedError, QsteerError, UnsupportedError, from_errno
+from qsteer.model import Build, Ident, Kind, MapsContent, OpenQueue, ProgramInfo, Source
 from qsteer.rss import BASE_TYPES, HashType, RssConfig
 
 log = logging.getLogger(__name__)
@@ -34,34 +34,6 @@ log = logging.getLogger(__name__)
 OBJECTS = Path(__file__).parent / "bpf"
 BPFFS = Path("/sys/fs/bpf")
 PIN_DIRECTORY = BPFFS / "qsteer"
-
-ABI: int = lib.QS_ABI
-QUEUES_MAX = 256
-"""MAX_TAP_QUEUES of drivers/net/tun.c."""
-
-
-class Build(enum.StrEnum):
-    """How a tap's program is put together."""
-
-    SHARED_BODY = "shared-body"
-    COMPLETE = "complete"
-
-
-class Source(enum.StrEnum):
-    """Where a tap's RSS configuration comes from."""
-
-    SHARED_MAPS = "shared-maps"
-    QEMU_MAPS = "qemu-maps"
-    STATIC = "static"
-
-
-class Kind(enum.StrEnum):
-    """Whose program it is."""
-
-    QSTEER = "qsteer"
-    QEMU = "qemu"
-    FOREIGN = "foreign"
-
 
 _BUILD_NUMBERS = {Build.SHARED_BODY: lib.QS_BUILD_SHARED_BODY, Build.COMPLETE: lib.QS_BUILD_COMPLETE}
 _SOURCE_NUMBERS = {Source.STATIC: lib.QS_SOURCE_STATIC, Source.SHARED_MAPS: lib.QS_SOURCE_SHARED_MAPS}
@@ -99,69 +71,6 @@ class Program:
     def close(self) -> None:
         for fd in self.fds:
             os.close(fd)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ident:
-    """What one of qsteer's programs says about itself in its frozen rodata."""
-
-    abi: int
-    build: Build | None
-    source: Source | None
-    displaced: int
-    version: str
-    tap: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProgramInfo:
-    """A loaded program as the kernel describes it.  Map ids are 0 where it has no such map."""
-
-    id: int
-    kind: Kind
-    name: str
-    tag: str
-    loaded_ns: int
-    uid: int
-    config_id: int
-    key_id: int
-    table_id: int
-    bodies_id: int
-    ident: Ident | None
-
-    @property
-    def has_maps(self) -> bool:
-        """Whether it has the three maps of QEMU's layout."""
-        return bool(self.config_id and self.key_id and self.table_id)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenQueue:
-    """One open queue of a tun device.  ``netns`` is its network namespace's inode number, ``file`` its identity."""
-
-    file: int
-    pid: int
-    fd: int
-    comm: str
-    tap: str
-    ifindex: int
-    netns: int
-    index: int
-    detached: bool
-    active: int
-    disabled: int
-    program_id: int
-    is_tap: bool
-    multi_queue: bool
-    persistent: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MapsContent:
-    """What a program's maps hold.  ``config`` is None where they hold nothing that the specification allows."""
-
-    enabled: bool
-    config: RssConfig | None
 
 
 def _check(result: int, message: str, hint: str = "") -> None:
@@ -550,6 +459,7 @@ def _ident(raw: Any) -> Ident:
         displaced=raw.displaced,
         version=".".join(str(part) for part in raw.version[0:3]),
         tap=_string(raw.tap),
+        outdated=raw.abi != lib.QS_ABI,
     )
 
 

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qsteer.errors import ConflictError, UnsupportedError
-from qsteer.inventory import Held, Tap
-from qsteer.kernel import Kind, ProgramInfo, Source
+from qsteer.model import Held, Kind, ProgramInfo, Source, Tap
 from qsteer.rss import BASE_TYPES, KEY_BYTES, TABLE_MAX, HashType, RssConfig
 
 

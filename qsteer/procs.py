@@ -5,26 +5,12 @@ Everything read here was written by the process itself or can be: a name on a co
 """
 
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
 
 from qsteer import qemuargs
+from qsteer.model import Process
 
 PROC = Path("/proc")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Process:
-    """A running process.  ``started`` (clock ticks after boot) tells it from a later one with the same pid.
-
-    ``args`` is None where the command line is not that of a QEMU.
-    """
-
-    pid: int
-    started: int
-    uid: int
-    comm: str
-    args: qemuargs.QemuArgs | None
 
 
 def read(pid: int) -> Process | None:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from qsteer import ethtool
 from qsteer.errors import printable
-from qsteer.inventory import Tap
-from qsteer.kernel import ABI, Kind, Source
+from qsteer.model import Kind, Source, Tap
 from qsteer.plan import Plan, state, steers_in_software
 from qsteer.rss import RssConfig, format_hash_types, format_key
 
@@ -92,7 +91,7 @@ def program_json(tap: Tap) -> Json | None:
         "build": ident.build if ident else None,
         "abi": ident.abi if ident else None,
         "version": ident.version if ident else None,
-        "outdated": ident.abi != ABI if ident else None,
+        "outdated": ident.outdated if ident else None,
         "displaced": ident.displaced or None if ident else None,
     }
 

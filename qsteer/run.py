@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qsteer import kernel, procs, qemuargs, qmp, runplan
 from qsteer.errors import PermissionDeniedError, QsteerError, UsageError, from_errno
+from qsteer.model import Source
 from qsteer.render import columns
 from qsteer.runplan import Nic, NicHandles, RunPlan, TapSpec
 
@@ -150,7 +151,7 @@ def _set_up_link(tap: str, spec: TapSpec, mac: str, bridges: Mapping[str, "Link"
 
 
 def _load_program(tap: str, stack: contextlib.ExitStack) -> kernel.Program:
-    program = kernel.load_program(tap=tap, source=kernel.Source.SHARED_MAPS)
+    program = kernel.load_program(tap=tap, source=Source.SHARED_MAPS)
     stack.callback(program.close)
     return program
 

@@ -8,8 +8,7 @@ import pytest
 
 from qsteer import execute, holds, inventory, kernel, procs
 from qsteer.errors import BusyError, ConflictError, QsteerError
-from qsteer.inventory import Tap
-from qsteer.kernel import Source
+from qsteer.model import Source, Tap
 from qsteer.plan import Static, Wanted, plan_apply, plan_off
 from tests.kernel import support
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qsteer import kernel
+from qsteer.model import Source
 
 ROOT = Path(__file__).parents[2]
 LOAD_EVERYTHING = "import qsteer.kernel as k; print(*sorted(path.name for path in k.OBJECTS.iterdir()), k.__file__)"
@@ -158,7 +159,7 @@ def test_uninstall_takes_exactly_that_and_leaves_taps_steered(prefix: Path) -> N
     neighbour.touch()
     tap = kernel.open_tap("qsuninstall", 2)
     try:
-        program = kernel.load_program(tap=tap.name, source=kernel.Source.SHARED_MAPS)
+        program = kernel.load_program(tap=tap.name, source=Source.SHARED_MAPS)
         kernel.attach(tap.fds[0], program.prog_fd)
         program.close()
 

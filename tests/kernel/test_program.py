@@ -11,7 +11,8 @@ import pytest
 
 from qsteer import kernel
 from qsteer.errors import QsteerError
-from qsteer.kernel import Build, Program, Source
+from qsteer.kernel import Program
+from qsteer.model import Build, Kind, Source
 from qsteer.reference import classify, queue_of
 from qsteer.rss import HashType, RssConfig
 from tests import packets
@@ -248,7 +249,7 @@ def test_two_taps_with_one_ifindex(need_root: None) -> None:
 def test_what_is_loaded_says_who_it_is() -> None:
     with loaded(Build.COMPLETE, EVERYTHING) as program:
         info = kernel.program_info(program.id)
-        assert info.kind is kernel.Kind.QSTEER
+        assert info.kind is Kind.QSTEER
         assert info.ident and info.ident.tap == "qs-tap" and info.ident.build is Build.COMPLETE
         assert kernel.read_maps(info).config == EVERYTHING
     assert HashType.TCP4 in EVERYTHING.types

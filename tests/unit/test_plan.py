@@ -7,11 +7,22 @@ import pytest
 
 from qsteer import plan, qemuargs
 from qsteer.errors import ConflictError, NotFoundError, QsteerError, UnsupportedError, UsageError
-from qsteer.inventory import Held, Nic, Selection, Tap, select
-from qsteer.kernel import Build, Ident, Kind, MapsContent, OpenQueue, ProgramInfo, Source
+from qsteer.model import (
+    Build,
+    Held,
+    Ident,
+    Kind,
+    MapsContent,
+    Nic,
+    OpenQueue,
+    Process,
+    ProgramInfo,
+    Source,
+    Tap,
+)
 from qsteer.plan import Attach, AttachHeld, Detach, PutHold, RemoveHold, Static, Wanted, plan_apply, plan_off, state
-from qsteer.procs import Process
 from qsteer.rss import BASE_TYPES, HashType, RssConfig
+from qsteer.selection import Selection, select
 
 KEY = bytes(range(40))
 CONFIG = RssConfig(types=BASE_TYPES, key=KEY, table=tuple(range(128)))
@@ -20,7 +31,15 @@ CONFIG = RssConfig(types=BASE_TYPES, key=KEY, table=tuple(range(128)))
 def program(kind: Kind, *, id: int = 7, source: Source = Source.STATIC, displaced: int = 0) -> ProgramInfo:
     ident = None
     if kind is Kind.QSTEER:
-        ident = Ident(abi=1, build=Build.SHARED_BODY, source=source, displaced=displaced, version="0.1.0", tap="vnet0")
+        ident = Ident(
+            abi=1,
+            build=Build.SHARED_BODY,
+            source=source,
+            displaced=displaced,
+            version="0.1.0",
+            tap="vnet0",
+            outdated=False,
+        )
     maps = (0, 0, 0) if kind is Kind.FOREIGN else (1, 2, 3)
     return ProgramInfo(
         id=id,

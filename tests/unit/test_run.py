@@ -21,6 +21,7 @@ from qsteer.errors import (
     UnsupportedError,
     UsageError,
 )
+from qsteer.model import Build, Process, Source
 from qsteer.qmp import QemuProbe
 from qsteer.runplan import NicHandles, TapSpec, Vhost, make_plan, parse_tap, parse_taps, qemu_argv, stable_mac
 
@@ -505,11 +506,11 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
         state.calls.append(("open_tap", name, queues))
         return kernel.OpenTap(name=name or "tap7", fds=state.take(queues))
 
-    def load_program(*, tap: str, source: kernel.Source) -> kernel.Program:
+    def load_program(*, tap: str, source: Source) -> kernel.Program:
         state.calls.append(("load_program", tap, source))
         program, config, key, table = state.take(4)
         return kernel.Program(
-            id=33, build=kernel.Build.COMPLETE, prog_fd=program, config_fd=config, key_fd=key, table_fd=table
+            id=33, build=Build.COMPLETE, prog_fd=program, config_fd=config, key_fd=key, table_fd=table
         )
 
     def configure(tap: str, **settings: object) -> None:
@@ -573,7 +574,7 @@ def test_run(host: Host, capfd: pytest.CaptureFixture[str]) -> None:
         ("open_tap", "t0", 2),
         ("open_tap", "", 1),
         ("configure", "t0", port),
-        ("load_program", "t0", kernel.Source.SHARED_MAPS),
+        ("load_program", "t0", Source.SHARED_MAPS),
         ("configure", "tap7", {"mtu": 1280}),
         ("drop_capabilities",),
     ]
@@ -692,7 +693,7 @@ def test_refused_before_anything_is_made(
     says: str,
     dry_run: bool,
 ) -> None:
-    busy = procs.Process(pid=77, started=1, uid=5, comm="qemu", args=qemuargs.parse((QEMU, "-name", "busy")))
+    busy = Process(pid=77, started=1, uid=5, comm="qemu", args=qemuargs.parse((QEMU, "-name", "busy")))
     monkeypatch.setattr(procs, "running_qemus", lambda: (busy,))
     given: dict[str, object] = {"vm": None, "taps": ("id=net0,queues=4",), "user": None, "command": (QEMU,)}
     with pytest.raises(error) as caught:

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What qsteer knows of a host, as plain values: programs, queues, processes, NICs and taps.  Pure.
+
+The edges (``kernel``, ``procs``, ``inventory``) make them; ``plan`` and ``render`` read them.
+"""
+
+import enum
+from dataclasses import dataclass
+
+from qsteer.qemuargs import QemuArgs
+from qsteer.rss import RssConfig
+
+
+class Build(enum.StrEnum):
+    """How a tap's program is put together."""
+
+    SHARED_BODY = "shared-body"
+    COMPLETE = "complete"
+
+
+class Source(enum.StrEnum):
+    """Where a tap's RSS configuration comes from."""
+
+    SHARED_MAPS = "shared-maps"
+    QEMU_MAPS = "qemu-maps"
+    STATIC = "static"
+
+
+class Kind(enum.StrEnum):
+    """Whose program it is."""
+
+    QSTEER = "qsteer"
+    QEMU = "qemu"
+    FOREIGN = "foreign"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ident:
+    """What one of qsteer's programs says about itself in its frozen rodata.
+
+    ``displaced`` is the id of the QEMU program that it took off, 0 for none; ``outdated`` that its ABI is another one
+    than this qsteer's, which is not an error.
+    """
+
+    abi: int
+    build: Build | None
+    source: Source | None
+    displaced: int
+    version: str
+    tap: str
+    outdated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramInfo:
+    """A loaded program as the kernel describes it.  Map ids are 0 where it has no such map."""
+
+    id: int
+    kind: Kind
+    name: str
+    tag: str
+    loaded_ns: int
+    uid: int
+    config_id: int
+    key_id: int
+    table_id: int
+    bodies_id: int
+    ident: Ident | None
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether it has the three maps of QEMU's layout."""
+        return bool(self.config_id and self.key_id and self.table_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenQueue:
+    """One open queue of a tun device.  ``netns`` is its network namespace's inode number, ``file`` its identity."""
+
+    file: int
+    pid: int
+    fd: int
+    comm: str
+    tap: str
+    ifindex: int
+    netns: int
+    index: int
+    detached: bool
+    active: int
+    disabled: int
+    program_id: int
+    is_tap: bool
+    multi_queue: bool
+    persistent: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapsContent:
+    """What a program's maps hold.  ``config`` is None where they hold nothing that the specification allows."""
+
+    enabled: bool
+    config: RssConfig | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """A running process.  ``started`` (clock ticks after boot) tells it from a later one with the same pid.
+
+    ``args`` is None where the command line is not that of a QEMU.
+    """
+
+    pid: int
+    started: int
+    uid: int
+    comm: str
+    args: QemuArgs | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nic:
+    """A virtio-net device and its netdev as QEMU's command line has them; None is what it does not say."""
+
+    netdev: str | None
+    rss: bool
+    vhost: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A steering program that a QEMU has open, attached or not; ``fd`` is the QEMU's."""
+
+    fd: int
+    info: ProgramInfo
+    content: MapsContent | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tap:
+    """A tap, and all that decides how it is steered.
+
+    ``program_id`` is the kernel's word (0: none); ``program`` is None too where looking at it takes a right that is
+    missing.  ``nic`` is None where the command line does not tell (a NIC plugged in later).  ``held`` are the programs
+    of this tap's VM with QEMU's maps, and only those which may be meant for this tap.
+    """
+
+    name: str
+    ifindex: int
+    netns: int
+    active: int
+    disabled: int
+    multi_queue: bool
+    persistent: bool
+    queues: tuple[OpenQueue, ...]
+    program_id: int
+    program: ProgramInfo | None
+    content: MapsContent | None
+    body_present: bool
+    holder: Process | None
+    nic: Nic | None
+    held: tuple[Held, ...]
+    hold: bool
+
+    @property
+    def attached(self) -> int:
+        """Queues that some process has, those that the guest does not use included."""
+        return self.active + self.disabled
+
+    @property
+    def vm(self) -> Process | None:
+        """The QEMU that holds the tap."""
+        return self.holder if self.holder and self.holder.args else None
+
+    @property
+    def vm_name(self) -> str | None:
+        return self.vm.args.name or self.vm.args.uuid if self.vm and self.vm.args else None
