@@ -252,7 +252,9 @@ static int qs_only_program(struct bpf_object *object, int *fd)
 
 static int qs_map(struct bpf_object *object, const char *name, int *fd)
 {
-	return qs_dup(bpf_object__find_map_fd_by_name(object, name), fd);
+	int found = bpf_object__find_map_fd_by_name(object, name);
+
+	return found < 0 ? found : qs_dup(found, fd);
 }
 
 static int qs_prog_info(int fd, struct bpf_prog_info *info)
@@ -317,11 +319,9 @@ int qs_program_load(const char *path, const struct qs_ident *ident, int bodies_f
 	return 0;
 }
 
-int qs_bodies_create(const char *path, int *bodies_fd)
+static int qs_body_load(const char *path, int *body)
 {
 	qs_auto_object struct bpf_object *object = NULL;
-	qs_auto_close int body = -1, bodies = -1;
-	__u32 slot = 0;
 	int err;
 
 	err = qs_object_open(path, &object);
@@ -330,14 +330,28 @@ int qs_bodies_create(const char *path, int *bodies_fd)
 	err = bpf_object__load(object);
 	if (err)
 		return err;
-	err = qs_only_program(object, &body);
-	if (err)
-		return err;
+	return qs_only_program(object, body);
+}
+
+int qs_bodies_refill(int bodies_fd, const char *path)
+{
+	qs_auto_close int body = -1;
+	__u32 slot = 0;
+	int err = qs_body_load(path, &body);
+
+	return err ? err : bpf_map_update_elem(bodies_fd, &slot, &body, BPF_ANY);
+}
+
+int qs_bodies_create(const char *path, int *bodies_fd)
+{
+	qs_auto_close int bodies = -1;
+	int err;
+
 	bodies = bpf_map_create(BPF_MAP_TYPE_PROG_ARRAY, "qsteer_bodies", sizeof(__u32),
 				sizeof(__u32), 1, NULL);
 	if (bodies < 0)
 		return bodies;
-	err = bpf_map_update_elem(bodies, &slot, &body, BPF_ANY);
+	err = qs_bodies_refill(bodies, path);
 	if (err)
 		return err;
 	*bodies_fd = qs_take(&bodies);
@@ -359,14 +373,15 @@ int qs_pinned(const char *path, int *fd)
 	return 0;
 }
 
-int qs_bodies_filled(int bodies_fd)
+int qs_bodies_program(int bodies_fd, __u32 *id)
 {
-	__u32 slot = 0, id = 0;
-	int err = bpf_map_lookup_elem(bodies_fd, &slot, &id);
+	__u32 slot = 0, found = 0;
+	int err = bpf_map_lookup_elem(bodies_fd, &slot, &found);
 
-	if (err == -ENOENT)
-		return 0;
-	return err ? err : id != 0;
+	if (err && err != -ENOENT)
+		return err;
+	*id = found;
+	return 0;
 }
 
 int qs_program_fd(__u32 id, int *fd)
@@ -405,7 +420,11 @@ static bool qs_ends_with(const char kept[16], const char *suffix)
 /* What one of a program's maps says about the program. */
 static void qs_map_tells(int fd, const struct bpf_map_info *map, struct qs_program_info *out)
 {
-	struct qs_ident ident;
+	/* A later version may know more of itself; what this one knows comes first. */
+	union {
+		struct qs_ident ident;
+		__u8 bytes[256];
+	} rodata;
 	__u32 zero = 0;
 
 	if (map->type == BPF_MAP_TYPE_PROG_ARRAY) {
@@ -424,10 +443,10 @@ static void qs_map_tells(int fd, const struct bpf_map_info *map, struct qs_progr
 	else if (qs_named(map->name, QS_MAP_TABLE) && map->max_entries == QS_TABLE_ENTRIES &&
 		 map->value_size == sizeof(__u16))
 		out->table_id = map->id;
-	else if (qs_ends_with(map->name, ".rodata") && map->value_size == sizeof(ident) &&
-		 (map->map_flags & BPF_F_RDONLY_PROG) && !bpf_map_lookup_elem(fd, &zero, &ident) &&
-		 ident.magic == QS_MAGIC) {
-		out->ident = ident;
+	else if (qs_ends_with(map->name, ".rodata") && map->value_size >= sizeof(rodata.ident) &&
+		 map->value_size <= sizeof(rodata) && (map->map_flags & BPF_F_RDONLY_PROG) &&
+		 !bpf_map_lookup_elem(fd, &zero, &rodata) && rodata.ident.magic == QS_MAGIC) {
+		out->ident = rodata.ident;
 		out->has_ident = 1;
 	}
 }
@@ -445,6 +464,7 @@ int qs_program_info(int prog_fd, struct qs_program_info *out)
 	result.type = info.type;
 	result.loaded_ns = info.load_time;
 	result.uid = info.created_by_uid;
+	result.verified_insns = info.verified_insns;
 	memcpy(result.tag, info.tag, sizeof(result.tag));
 	memcpy(result.name, info.name, sizeof(result.name));
 	for (__u32 i = 0; i < info.nr_map_ids && i < 16; i++) {
@@ -583,17 +603,20 @@ static int qs_iterate(struct bpf_program *prog, pid_t pid, struct qs_queue **que
 	return 0;
 }
 
-int qs_tun_queues(const char *path, struct qs_queue **queues, size_t *count)
+struct qs_tun_iter {
+	struct bpf_object *object;
+	struct bpf_program *prog;
+};
+
+int qs_tun_iter_open(const char *path, int tun_fd, struct qs_tun_iter **iter)
 {
 	qs_auto_object struct bpf_object *object = NULL;
-	qs_auto_close int tun = open("/dev/net/tun", O_RDWR | O_CLOEXEC);
+	__u32 learner = tun_fd;
 	struct bpf_program *prog;
 	struct bpf_map *rodata;
-	__u32 learner = tun;
+	struct qs_tun_iter *made;
 	int err;
 
-	if (tun < 0)
-		return -errno;
 	err = qs_object_open(path, &object);
 	if (err)
 		return err;
@@ -604,7 +627,19 @@ int qs_tun_queues(const char *path, struct qs_queue **queues, size_t *count)
 	if ((err = bpf_map__set_initial_value(rodata, &learner, sizeof(learner))) ||
 	    (err = bpf_object__load(object)) || (err = qs_iterate(prog, getpid(), NULL, NULL)))
 		return err;
-	return qs_iterate(prog, 0, queues, count);
+	made = malloc(sizeof(*made));
+	if (!made)
+		return -ENOMEM;
+	made->object = object;
+	made->prog = prog;
+	object = NULL;
+	*iter = made;
+	return 0;
+}
+
+int qs_tun_iter_read(struct qs_tun_iter *iter, int pid, struct qs_queue **queues, size_t *count)
+{
+	return qs_iterate(iter->prog, pid, queues, count);
 }
 
 void qs_free(void *memory)

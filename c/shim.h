@@ -60,11 +60,13 @@ int qs_program_load(const char *object, const struct qs_ident *ident, int bodies
 		    struct qs_program *program);
 /* Load the shared body into a new prog_array. */
 int qs_bodies_create(const char *object, int *bodies_fd);
+/* Fill the prog_array of a body that is gone with the body of another one. */
+int qs_bodies_refill(int bodies_fd, const char *object);
 /* Pin, and get what is pinned. */
 int qs_pin(int fd, const char *path);
 int qs_pinned(const char *path, int *fd);
-/* Whether the prog_array of the shared body is filled: 1, 0 or a negative errno. */
-int qs_bodies_filled(int bodies_fd);
+/* The id of the shared body in a prog_array, 0 if it is gone. */
+int qs_bodies_program(int bodies_fd, __u32 *id);
 
 /* What libbpf and the verifier said since the last call, newest last; for this process. */
 const char *qs_log_take(void);
@@ -79,6 +81,7 @@ struct qs_program_info {
 	__u64 loaded_ns; /* after boot */
 	__u32 uid;
 	__u32 has_ident;
+	__u32 verified_insns; /* what the verifier went through; 0 where the kernel does not tell */
 	__u8 tag[8];
 	char name[16];
 	struct qs_ident ident;
@@ -102,8 +105,13 @@ int qs_config_write(int config_fd, int key_fd, int table_fd, const struct qs_rss
 int qs_program_run(int prog_fd, const void *packet, __u32 len, __u32 repeat, __u32 *answer,
 		   __u32 *cb_left, __u32 *duration_ns);
 
-/* Every open queue of every tun device of the host, all processes and network namespaces. */
-int qs_tun_queues(const char *object, struct qs_queue **queues, size_t *count);
+/*
+ * The iterator over open queues of tun devices: all processes and network namespaces of the host,
+ * or (pid not 0) one process.  The records are freed with qs_free().
+ */
+struct qs_tun_iter;
+int qs_tun_iter_open(const char *object, int tun_fd, struct qs_tun_iter **iter);
+int qs_tun_iter_read(struct qs_tun_iter *iter, int pid, struct qs_queue **queues, size_t *count);
 void qs_free(void *memory);
 
 #endif

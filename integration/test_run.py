@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.kernel import support
 pytestmark = [pytest.mark.root, pytest.mark.guest]
 
 WAIT_S = 30.0
+MAC = re.compile("52(?::[0-9a-f]{2}){5}")
 TAP = "qsrun0"
 IDLE = ("-machine", "q35", "-accel", "tcg", "-m", "64", "-nodefaults", "-no-user-config", "-display", "none", "-S")
 
@@ -121,9 +123,9 @@ def test_a_mac_that_stays(files: Provisioned, user: str) -> None:
     said = []
     for _ in range(2):
         with running(files, user, "--vm", "idle") as qemu:
-            said.append([word for word in qemu.stderr.read_text().split() if word.startswith("52:54:00:")])
+            said.append(MAC.findall(qemu.stderr.read_text()))
     with running(files, user, "--vm", "other") as qemu:
-        said.append([word for word in qemu.stderr.read_text().split() if word.startswith("52:54:00:")])
+        said.append(MAC.findall(qemu.stderr.read_text()))
     assert said[0] == said[1] != said[2]
     assert len(said[0]) == 1
 
@@ -150,7 +152,7 @@ def test_on_a_bridge(files: Provisioned, user: str) -> None:
             assert (link / "master").resolve().name == bridge
             assert (link / "mtu").read_text().strip() == "1400"
             # The bridge must not take a guest's address for its own: a port's begins with fe.
-            assert (link / "address").read_text().startswith("fe:54:00:")
+            assert (link / "address").read_text().startswith("fe:")
     finally:
         subprocess.run(["ip", "link", "del", bridge], check=True)
 

@@ -5,10 +5,10 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qsteer import __version__
-from qsteer.errors import QsteerError, UsageError, printable
+from qsteer.errors import PermissionDeniedError, QsteerError, UsageError, printable
 
 if TYPE_CHECKING:
     from qsteer.model import Tap
@@ -20,7 +20,10 @@ _EXIT_CODES = """exit codes: 0 done, 1 failed, 2 usage, 3 no such VM or tap, 4 p
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with qsteer's way of failing."""
+    """argparse with qsteer's way of failing, and without abbreviations, which later options would break."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")
@@ -29,14 +32,19 @@ class _Parser(argparse.ArgumentParser):
 def command(argv: Sequence[str]) -> int:
     """Run one command line; gives the exit code.  Raises QsteerError."""
     options = _parser().parse_args(argv)
+    if "json" in options:
+        options.json = options.json or options.pretty
     _set_up_logging(options.verbose)
     return int(options.verb(options))
 
 
 def _set_up_logging(verbose: int) -> None:
-    if verbose:
-        level = logging.DEBUG if verbose > 1 else logging.INFO
-        logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+    """qsteer's own loggers only: what its libraries have to say is about themselves."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("qsteer: %(message)s"))
+    logger = logging.getLogger("qsteer")
+    logger.addHandler(handler)
+    logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     output = _Parser(add_help=False)
     output.add_argument("-j", "--json", action="store_true", help="print JSON")
-    output.add_argument("-p", "--pretty", action="store_true", help="indent the JSON")
+    output.add_argument("-p", "--pretty", action="store_true", help="print indented JSON")
     change = _Parser(add_help=False)
     change.add_argument("-n", "--dry-run", action="store_true", help="print what would be done, change nothing")
 
@@ -73,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--vm", action="append", default=[], metavar="NAME|UUID", help="a VM's name or UUID")
     group.add_argument("--pid", action="append", default=[], type=_pid, metavar="PID", help="a QEMU's process id")
     group.add_argument("--dev", action="append", default=[], metavar="TAP", help="a tap's name")
-    group.add_argument("--all", action="store_true", help="every multi-queue tap of a VM")
+    group.add_argument("--all", action="store_true", help="every tap of a VM that has several queues")
 
     verb("status", _status, "show every tap, and what the kernel says steers it", select, output)
     verb("show", _show, "show types, key and table, read back from the kernel's maps", select, output)
@@ -89,11 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     table = static.add_mutually_exclusive_group()
     table.add_argument("--table", metavar="Q,Q,...", help="the table itself, a power of two of entries, at most 128")
     table.add_argument("--equal", metavar="N", help="spread over the first N queues")
-    table.add_argument("--weight", metavar="W,W,...", help="spread by weight, one for each queue")
-    static.add_argument("--from", dest="from_file", metavar="FILE|-", help="what ethtool -x printed")
+    table.add_argument("--weight", metavar="W,W,...", help="spread over the first queues, by weight")
+    table.add_argument("--from", dest="from_file", metavar="FILE|-", help="what ethtool -x or qsteer show printed")
     static.add_argument("--unclassified-queue", metavar="N", help="for packets that no hash type matches")
 
-    off = verb("off", _off, "stop steering, until the next apply or the VM's end", select, change, output)
+    off = verb("off", _off, "stop steering (QEMU may attach a program that it was given again)", select, change, output)
     off.add_argument("--replace", action="store_true", help="take even a foreign program, or QEMU's own, off")
     off.add_argument("--timeout", type=_seconds, default=5.0, metavar="S", help="wait for another qsteer (5 s)")
 
@@ -130,17 +138,13 @@ def _seconds(text: str) -> float:
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and len(part.strip()) <= 5 for part in parts):
-        raise UsageError(f'{option} {text}: "{text}" is not a list of whole numbers')
-    return tuple(int(part) for part in parts)
+    return tuple(_number(option, part.strip()) for part in text.split(","))
 
 
 def _number(option: str, text: str) -> int:
-    numbers = _numbers(option, text)
-    if len(numbers) != 1:
-        raise UsageError(f"{option} takes one number")
-    return numbers[0]
+    if not text.isdecimal() or not text.isascii() or len(text) > 5 or int(text) > 0xFFFF:
+        raise UsageError(f'{option}: "{text}" is not a whole number from 0 to 65535')
+    return int(text)
 
 
 def _selection(options: argparse.Namespace, *, required: bool) -> "Selection":
@@ -187,6 +191,10 @@ def _show(options: argparse.Namespace) -> int:
         print(render.document("qsteer.show/1", [render.show_json(tap) for tap in taps], pretty=options.pretty))
     else:
         _print(options, "\n\n".join(render.show_text(tap) for tap in taps) or "no process holds a tap")
+    if hidden := [tap for tap in taps if tap.program_id and not tap.program]:
+        raise PermissionDeniedError(
+            f"cannot look at program {hidden[0].program_id}", hint="it takes CAP_SYS_ADMIN; try sudo"
+        )
     return 0
 
 
@@ -207,12 +215,14 @@ def _change(options: argparse.Namespace, schema: str, make_plan: "Callable[[Tap]
     """Fetch, compute, execute.  With several taps one that is refused does not stop the others."""
     import contextlib
 
-    from qsteer import execute, render
+    from qsteer import execute, holds, render
 
     _selection(options, required=True)
     failures: list[QsteerError] = []
     documents = []
     with contextlib.nullcontext() if options.dry_run else execute.lock(options.timeout):
+        if not options.dry_run:
+            holds.forget_ended()
         taps = _taps(options, required=True)
         for tap in taps:
             try:
@@ -251,9 +261,9 @@ def _static(options: argparse.Namespace) -> "Static":
     from qsteer import rss
     from qsteer.plan import Static
 
-    given = _from_file(options.from_file) if options.from_file else Static()
+    given = Static() if options.from_file is None else _from_file(options.from_file)
     key, types, table, unclassified = given.key, given.types, given.table, given.unclassified_queue
-    if options.key == "random":
+    if options.key and options.key.lower() == "random":
         import secrets
 
         key = secrets.token_bytes(rss.KEY_BYTES)
@@ -287,13 +297,11 @@ def _from_file(name: str) -> "Static":
     from qsteer.plan import Static
 
     try:
-        if name == "-":
-            text = sys.stdin.read(ethtool.TEXT_MAX + 1)
-        else:
-            with Path(name).open(errors="replace") as file:
-                text = file.read(ethtool.TEXT_MAX + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise from_errno(getattr(error, "errno", None) or 0, f"cannot read {name}") from None
+        # A descriptor of our own: sys.stdin is None where the caller has closed it.
+        with open(0, "rb", closefd=False) if name == "-" else Path(name).open("rb") as file:
+            text = file.read(ethtool.TEXT_MAX + 1).decode(errors="replace")
+    except OSError as error:
+        raise from_errno(error.errno or 0, f'cannot read "{name}"') from None
     parsed = ethtool.parse(text)
     return Static(types=parsed.types, key=parsed.key, table=parsed.table, unclassified_queue=parsed.unclassified_queue)
 
@@ -308,7 +316,14 @@ def _run(options: argparse.Namespace) -> int:
         raise UsageError("no QEMU command line", hint="qsteer run --tap id=net0,queues=4 -- qemu-system-x86_64 ...")
     if options.json and not options.dry_run:
         raise UsageError("run prints JSON for a dry run only", hint="qsteer run -n -j ...")
-    rehearsal = run.run(vm=options.vm, taps=options.tap, user=options.user, dry_run=options.dry_run, command=argv)
+    rehearsal = run.run(
+        vm=options.vm,
+        taps=options.tap,
+        user=options.user,
+        dry_run=options.dry_run,
+        quiet=options.quiet,
+        command=argv,
+    )
     if options.json:
         print(render.json_text({"schema": "qsteer.run/1", **asdict(rehearsal)}, pretty=options.pretty))
     else:

@@ -85,7 +85,7 @@ def format_table(config: RssConfig, *, device: str, rings: int) -> str:
 
 
 def parse(text: str) -> Parsed:
-    """What ``ethtool -x`` or ``format_table`` printed.
+    """What ``ethtool -x`` or ``format_table`` printed; lines that begin with # are passed over.
 
     Raises UsageError, with the number of the line where there is one, on anything else; on a table that RssConfig does
     not take; and on a device whose hash is not plain Toeplitz.
@@ -112,7 +112,7 @@ def _split(text: str, hint: str) -> Mapping[str, _Lines]:
     name = ""
     for number, raw in enumerate(text.split("\n"), start=1):
         line = raw.strip()
-        if not line:
+        if not line or line.startswith("#"):
             continue
         heading = _HEADING.fullmatch(line)
         if heading:

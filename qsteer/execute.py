@@ -3,14 +3,17 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from qsteer import holds, kernel
 from qsteer.errors import BusyError, ConflictError, QsteerError, from_errno
-from qsteer.model import Source, Tap
-from qsteer.plan import Attach, AttachHeld, Detach, Plan, PutHold, RemoveHold, Step
+from qsteer.model import Process, Source, Tap
+from qsteer.plan import Attach, AttachHeld, Detach, Plan, PutHold, RefillBody, RemoveHold, Step
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -40,78 +43,47 @@ def lock(timeout_s: float) -> Iterator[None]:
 def execute(plan: Plan) -> int:
     """Carry out the steps, and check with the kernel.  Gives the id of the program that is attached, 0 for none.
 
-    Raises QsteerError; what had been done is undone then.
+    Raises QsteerError; what had been done is undone then, but for what something else has changed meanwhile.
     """
     if not plan.steps:
         return plan.program_id or 0
-    tap = plan.tap
-    with _queue_fd(tap) as fd, _program_before(tap) as before, contextlib.ExitStack() as undo:
-        program_id = plan.program_id or 0
+    with _queue_fd(plan.tap) as fd, _program_before(plan.tap) as before, contextlib.ExitStack() as undo:
+        change = _Change(tap=plan.tap, fd=fd, before=before, undo=undo)
         for step in plan.steps:
-            program_id = _carry_out(step, tap, fd, before, undo) or program_id
-        found = _attached_now(tap)
-        if found != program_id:
+            log.info("%s: %s", plan.tap.name, step)
+            change.carry_out(step)
+        found = kernel.queue_of(fd).program_id
+        if found != change.attached:
             raise ConflictError(
-                f'tap "{tap.name}" is steered by program {found}, not {program_id}: something else changes it, too'
+                f'tap "{plan.tap.name}" is steered by program {found}, not {change.attached}: '
+                "something else changes it, too"
             )
         undo.pop_all()
-    return program_id
+    return found
 
 
 @contextlib.contextmanager
 def _queue_fd(tap: Tap) -> Iterator[int]:
-    """One of the tap's queues, for ioctls on the device; whichever process lets go of one."""
+    """One of the tap's queues, for ioctls on the device; whichever process lets go of one.
+
+    The process may have closed it, and opened another, since it was looked at: the copy itself must belong to the tap.
+    """
     failure: QsteerError | None = None
     for queue in tap.queues:
         with contextlib.ExitStack() as stack:
             try:
                 fd = stack.enter_context(kernel.fd_of_process(queue.pid, queue.fd))
-                # The process may have closed it, and opened another, since it was looked at.
-                if kernel.tap_name(fd) != tap.name:
-                    continue
+                now = kernel.queue_of(fd)
             except QsteerError as error:
                 failure = error
                 continue
+            if (now.netns, now.ifindex) != (tap.netns, tap.ifindex):
+                continue
+            if now.program_id != tap.program_id:
+                raise BusyError(f'tap "{tap.name}": what is attached changed meanwhile', hint="try again")
             yield fd
             return
-    raise failure or BusyError(f'tap "{tap.name}" is going away')
-
-
-def _carry_out(step: Step, tap: Tap, fd: int, before: int | None, undo: contextlib.ExitStack) -> int | None:
-    """Do one step and say how to undo it; gives the program that it attached."""
-    match step:
-        case Attach():
-            program = kernel.load_program(
-                tap=tap.name, source=Source.STATIC, config=step.config, displaced=step.displaced
-            )
-            try:
-                _switch(fd, before, undo, lambda: kernel.attach(fd, program.prog_fd))
-            finally:
-                program.close()
-            return program.id
-        case AttachHeld():
-            assert tap.holder
-            with kernel.fd_of_process(tap.holder.pid, step.fd) as prog_fd:
-                if kernel.program_info_of(prog_fd).id != step.program_id:
-                    raise BusyError(f"QEMU does not hold program {step.program_id} any more")
-                _switch(fd, before, undo, lambda: kernel.attach(fd, prog_fd))
-            return step.program_id
-        case Detach():
-            _switch(fd, before, undo, lambda: kernel.detach(fd))
-        case PutHold():
-            assert tap.holder
-            holds.put(
-                holds.Hold(tap=tap.name, pid=tap.holder.pid, started=tap.holder.started),
-                netns=tap.netns,
-                ifindex=tap.ifindex,
-            )
-            undo.callback(holds.remove, netns=tap.netns, ifindex=tap.ifindex)
-        case RemoveHold():
-            hold = holds.find(netns=tap.netns, ifindex=tap.ifindex, name=tap.name)
-            holds.remove(netns=tap.netns, ifindex=tap.ifindex)
-            if hold:
-                undo.callback(holds.put, hold, netns=tap.netns, ifindex=tap.ifindex)
-    return None
+    raise failure or BusyError(f'tap "{tap.name}" went away')
 
 
 @contextlib.contextmanager
@@ -124,17 +96,67 @@ def _program_before(tap: Tap) -> Iterator[int | None]:
         yield prog_fd
 
 
-def _switch(fd: int, before: int | None, undo: contextlib.ExitStack, change: Callable[[], None]) -> None:
-    """Change what is attached; the undo puts the program of before back."""
-    change()
-    if before is None:
-        undo.callback(kernel.detach, fd)
-    else:
-        undo.callback(kernel.attach, fd, before)
+class _Change:
+    """One plan on its way: what is attached by now, and how to go back."""
 
+    def __init__(self, *, tap: Tap, fd: int, before: int | None, undo: contextlib.ExitStack) -> None:
+        self.attached = tap.program_id
+        self._tap = tap
+        self._fd = fd
+        self._before = before
+        self._undo = undo
 
-def _attached_now(tap: Tap) -> int:
-    for queue in kernel.open_queues():
-        if (queue.netns, queue.ifindex) == (tap.netns, tap.ifindex):
-            return queue.program_id
-    raise BusyError(f'tap "{tap.name}" went away')
+    def carry_out(self, step: Step) -> None:
+        """Do one step, and remember its undo."""
+        tap = self._tap
+        match step:
+            case Attach():
+                program = kernel.load_program(
+                    tap=tap.name, source=Source.STATIC, config=step.config, displaced=step.displaced
+                )
+                try:
+                    self._attach(program.prog_fd, program.id)
+                finally:
+                    program.close()
+            case AttachHeld():
+                with kernel.fd_of_process(self._holder().pid, step.fd) as prog_fd:
+                    if kernel.program_info_of(prog_fd).id != step.program_id:
+                        raise BusyError(f"QEMU does not hold program {step.program_id} any more", hint="try again")
+                    self._attach(prog_fd, step.program_id)
+            case RefillBody():
+                assert tap.program
+                kernel.refill_bodies(tap.program)
+            case Detach():
+                kernel.detach(self._fd)
+                self._changed_to(0)
+            case PutHold():
+                hold = holds.Hold(tap=tap.name, pid=self._holder().pid, started=self._holder().started)
+                holds.put(hold, netns=tap.netns, ifindex=tap.ifindex)
+                self._undo.callback(holds.remove, netns=tap.netns, ifindex=tap.ifindex)
+            case RemoveHold():
+                found = holds.find(netns=tap.netns, ifindex=tap.ifindex)
+                holds.remove(netns=tap.netns, ifindex=tap.ifindex)
+                if found:
+                    self._undo.callback(holds.put, found, netns=tap.netns, ifindex=tap.ifindex)
+
+    def _holder(self) -> Process:
+        if not self._tap.holder:
+            raise BusyError(f'the process that holds tap "{self._tap.name}" went away')
+        return self._tap.holder
+
+    def _attach(self, prog_fd: int, program_id: int) -> None:
+        kernel.attach(self._fd, prog_fd)
+        self._changed_to(program_id)
+
+    def _changed_to(self, program_id: int) -> None:
+        self.attached = program_id
+        self._undo.callback(self._put_back, program_id)
+
+    def _put_back(self, program_id: int) -> None:
+        """Back to what was attached before, unless something else has attached another program since."""
+        if kernel.queue_of(self._fd).program_id != program_id:
+            return
+        if self._before is None:
+            kernel.detach(self._fd)
+        else:
+            kernel.attach(self._fd, self._before)

@@ -18,7 +18,7 @@ RUNTIME = Path("/run/qsteer")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hold:
-    """``started`` (clock ticks after boot) makes the pid unique."""
+    """``tap`` is the name that the tap had; ``started`` (clock ticks after boot) makes the pid unique."""
 
     tap: str
     pid: int
@@ -34,13 +34,12 @@ def _path(netns: int, ifindex: int) -> Path:
     return RUNTIME / "holds" / f"{netns}-{ifindex}"
 
 
-def find(*, netns: int, ifindex: int, name: str) -> Hold | None:
+def find(*, netns: int, ifindex: int) -> Hold | None:
     """The hold on a tap, if there is one; a file that does not make sense is none."""
     try:
-        hold = Hold(**json.loads(_path(netns, ifindex).read_text()))
+        return Hold(**json.loads(_path(netns, ifindex).read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    return hold if hold.tap == name else None
 
 
 def put(hold: Hold, *, netns: int, ifindex: int) -> None:
@@ -49,7 +48,6 @@ def put(hold: Hold, *, netns: int, ifindex: int) -> None:
     try:
         RUNTIME.mkdir(mode=0o755, exist_ok=True)
         path.parent.mkdir(mode=0o755, exist_ok=True)
-        _forget_ended(path.parent)
         new = path.with_suffix(".new")
         new.write_text(json.dumps(asdict(hold)) + "\n")
         new.replace(path)
@@ -65,9 +63,11 @@ def remove(*, netns: int, ifindex: int) -> None:
         raise from_errno(error.errno or 0, f"cannot remove the hold {_path(netns, ifindex)}") from None
 
 
-def _forget_ended(directory: Path) -> None:
-    for path in directory.iterdir():
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            hold = Hold(**json.loads(path.read_text()))
-            if not hold.is_of(hold.pid):
-                path.unlink()
+def forget_ended() -> None:
+    """Remove the holds whose processes are gone; what cannot be read or removed stays."""
+    with contextlib.suppress(OSError):
+        for path in (RUNTIME / "holds").iterdir():
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                hold = Hold(**json.loads(path.read_text()))
+                if not hold.is_of(hold.pid):
+                    path.unlink()

@@ -58,6 +58,16 @@ def _content(info: ProgramInfo) -> MapsContent | None:
         return None
 
 
+def _body_present(program: ProgramInfo | None) -> bool:
+    """As far as can be seen."""
+    if not program or program.kind is not Kind.QSTEER:
+        return True
+    try:
+        return kernel.body_present(program)
+    except QsteerError:
+        return True
+
+
 def _tap(
     queues: tuple[OpenQueue, ...],
     holder: Process | None,
@@ -68,7 +78,7 @@ def _tap(
     if first.program_id and first.program_id not in programs:
         programs[first.program_id] = _program(first.program_id)
     program = programs.get(first.program_id)
-    hold = holds.find(netns=first.netns, ifindex=first.ifindex, name=first.tap)
+    hold = holds.find(netns=first.netns, ifindex=first.ifindex)
     return Tap(
         name=first.tap,
         ifindex=first.ifindex,
@@ -81,12 +91,17 @@ def _tap(
         program_id=first.program_id,
         program=program,
         content=_content(program) if program else None,
-        body_present=kernel.body_present(program) if program and program.kind is Kind.QSTEER else True,
+        body_present=_body_present(program),
         holder=holder,
         nic=_nic(first.tap, queues, holder),
-        held=tuple(one for one in held if not one.info.ident or one.info.ident.tap == first.tap),
+        held=tuple(one for one in held if _may_be_for(one.info, first)),
         hold=bool(hold and any(hold.is_of(queue.pid) for queue in queues)),
     )
+
+
+def _may_be_for(program: ProgramInfo, queue: OpenQueue) -> bool:
+    """qsteer's programs name their tap, by the name that it had; QEMU's do not."""
+    return not program.ident or program.ident.tap == queue.tap or program.id == queue.program_id
 
 
 def _nic(tap: str, queues: tuple[OpenQueue, ...], holder: Process | None) -> Nic | None:
@@ -105,16 +120,5 @@ def _nic(tap: str, queues: tuple[OpenQueue, ...], holder: Process | None) -> Nic
     devices = [device for device in args.devices if netdev.id and device.netdev == netdev.id]
     if len(devices) != 1 or not devices[0].driver.startswith("virtio-net"):
         return None
-    device = devices[0]
-    return Nic(netdev=netdev.id, rss=_rss_asked(args, device), vhost=bool(netdev.vhost))
-
-
-def _rss_asked(args: qemuargs.QemuArgs, device: qemuargs.Device) -> bool:
-    for name, value in device.properties:
-        if name == "rss":
-            return bool(qemuargs.parse_bool(value))
-    answer = False
-    for setting in args.globals:
-        if setting.property == "rss" and device.driver.startswith(setting.driver):
-            answer = bool(qemuargs.parse_bool(setting.value))
-    return answer
+    own = qemuargs.defaults_of(args, devices[0].driver) | dict(devices[0].properties)
+    return Nic(netdev=netdev.id, rss=bool(qemuargs.parse_bool(own.get("rss"))), vhost=bool(netdev.vhost))

@@ -25,7 +25,7 @@ from typing import Any
 
 from qsteer import __version__
 from qsteer._shim import ffi, lib
-from qsteer.errors import PermissionDeniedError, QsteerError, UnsupportedError, from_errno
+from qsteer.errors import BusyError, NotFoundError, PermissionDeniedError, QsteerError, UnsupportedError, from_errno
 from qsteer.model import Build, Ident, Kind, MapsContent, OpenQueue, ProgramInfo, Source
 from qsteer.rss import BASE_TYPES, HashType, RssConfig
 
@@ -79,27 +79,32 @@ def _check(result: int, message: str, hint: str = "") -> None:
 
 
 def _check_bpf(result: int, message: str, hint: str = "") -> None:
-    """As _check, for what libbpf does: its and the verifier's words go to the log.
-
-    EPERM is a missing capability, EACCES and EINVAL the verifier's "no".
-    """
+    """As _check, for what libbpf does: its and the verifier's words go to the log."""
     said = ffi.string(lib.qs_log_take()).decode(errors="replace").strip()
     for line in said.splitlines():
         log.debug("libbpf: %s", line)
-    if result == -errno.EPERM:
-        raise from_errno(result, message, hint=_missing_capabilities())
+    if result >= 0:
+        return
+    if result == -errno.EPERM or (result == -errno.EACCES and not _has_capability(lib.CAP_PERFMON)):
+        raise PermissionDeniedError(message, errno=-result, hint=_missing_capabilities())
+    if "not found in kernel or module BTFs" in said:
+        raise UnsupportedError(message, errno=errno.EOPNOTSUPP, hint="this kernel lacks what the program calls: -vv")
     if result == -errno.EACCES and said:
         raise UnsupportedError(f"{message}: the kernel's verifier refuses it", hint="-vv shows its reasons")
     _check(result, message, hint)
 
 
+def _has_capability(number: int) -> bool:
+    return bool(effective_capabilities() >> number & 1)
+
+
 def _missing_capabilities() -> str:
-    have = effective_capabilities()
-    missing = [
-        name for name, number in (("CAP_BPF", lib.CAP_BPF), ("CAP_PERFMON", lib.CAP_PERFMON)) if not have >> number & 1
-    ]
+    wanted = {"CAP_BPF": lib.CAP_BPF, "CAP_PERFMON": lib.CAP_PERFMON}
+    missing = [name for name, number in wanted.items() if not _has_capability(number)]
     if missing:
         return f"this process lacks {' and '.join(missing)}; try sudo"
+    if not _has_capability(lib.CAP_SYS_ADMIN):
+        return "this process lacks CAP_SYS_ADMIN, which it takes where tun is a module; try sudo"
     return "a security module or a container withholds the right"
 
 
@@ -135,8 +140,11 @@ def open_tap(name: str, queues: int) -> OpenTap:
             if result == -errno.E2BIG:
                 raise QsteerError(f'tap "{_string(buffer)}" cannot have {queues} queues', errno=errno.E2BIG)
             what = f'queue {index} of tap "{_string(buffer)}"' if name or index else "a tap"
-            _check(result, f"cannot open {what}", _tap_hint(-result))
+            if result < 0:
+                raise _tun_error(-result, f"cannot open {what}")
             fds.append(fd[0])
+        if any(tap_name(opened) != _string(buffer) for opened in fds):
+            raise BusyError(f'tap "{_string(buffer)}" was renamed while its queues were opened')
     except BaseException:
         for opened in fds:
             os.close(opened)
@@ -144,12 +152,11 @@ def open_tap(name: str, queues: int) -> OpenTap:
     return OpenTap(name=_string(buffer), fds=tuple(fds))
 
 
-def _tap_hint(code: int) -> str:
-    if code in (errno.EPERM, errno.EACCES):
-        return "making a tap takes CAP_NET_ADMIN; try sudo"
+def _tun_error(code: int, message: str) -> QsteerError:
     if code in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
-        return "there is no /dev/net/tun: modprobe tun"
-    return ""
+        return UnsupportedError(message, errno=code, hint="there is no working /dev/net/tun: modprobe tun")
+    hint = "it takes CAP_NET_ADMIN, and /dev/net/tun; try sudo" if code in (errno.EPERM, errno.EACCES) else ""
+    return from_errno(code, message, hint=hint)
 
 
 def tap_name(queue_fd: int) -> str:
@@ -239,7 +246,11 @@ def load_program(
         except QsteerError as error:
             if build:
                 raise
-            log.info("no shared body here (%s): a complete program instead", error)
+            # A right or a kernel function that is missing is nothing to worry about; anything else is.
+            expected = isinstance(error, PermissionDeniedError) or error.errno == errno.EOPNOTSUPP
+            log.log(
+                logging.INFO if expected else logging.WARNING, "no shared body (%s): a complete program instead", error
+            )
             program = _load(Build.COMPLETE, tap, source, displaced)
     if config:
         try:
@@ -310,7 +321,7 @@ def _shared_bodies() -> int:
     )
     try:
         _prove(bodies)
-        _pin(bodies)
+        _pin(bodies, bodies_pin())
         # Of two that pin at the same time one wins, and both use what is pinned.
         found = _pinned_bodies()
     finally:
@@ -335,14 +346,13 @@ def _pinned_bodies() -> int | None:
         if error.errno == errno.ENOENT:
             return None
         raise
-    if lib.qs_bodies_filled(bodies) != 1:
+    if not body_in(bodies):
         os.close(bodies)
         raise UnsupportedError(f"{pin} is not a filled prog_array", hint="remove it, then apply again")
     return bodies
 
 
-def _pin(bodies: int) -> None:
-    pin = bodies_pin()
+def _pin(bodies: int, pin: Path) -> None:
     _check(lib.qs_bpffs_mount(os.fsencode(BPFFS)), f"cannot mount a BPF file system on {BPFFS}")
     try:
         PIN_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
@@ -445,6 +455,7 @@ def program_info_of(prog_fd: int) -> ProgramInfo:
         key_id=out.key_id,
         table_id=out.table_id,
         bodies_id=out.bodies_id,
+        verified_instructions=out.verified_insns,
         ident=ident,
     )
 
@@ -463,12 +474,30 @@ def _ident(raw: Any) -> Ident:
     )
 
 
+def refill_bodies(info: ProgramInfo) -> None:
+    """Give a stub whose shared body is gone this qsteer's body, and pin it.  Raises QsteerError.
+
+    One refill mends every tap whose stub calls into the same prog_array, which gets a pin of its own: new stubs may
+    have another by now.
+    """
+    with _map_by_id(info.bodies_id) as bodies:
+        _check_bpf(lib.qs_bodies_refill(bodies, os.fsencode(OBJECTS / "tap_body.bpf.o")), "cannot load the shared body")
+        _pin(bodies, bodies_pin().with_name(f"bodies-of-map-{info.bodies_id}"))
+
+
 def body_present(info: ProgramInfo) -> bool:
     """Whether a stub's shared body is still there: a stub without it spreads flows by the kernel's own hash."""
     if not info.bodies_id:
         return True
-    with _map_by_id(info.bodies_id) as fd:
-        return bool(lib.qs_bodies_filled(fd) == 1)
+    with _map_by_id(info.bodies_id) as bodies:
+        return body_in(bodies) != 0
+
+
+def body_in(bodies_fd: int) -> int:
+    """The id of the shared body in a prog_array, 0 if it is gone.  Raises QsteerError on what is no prog_array."""
+    out = ffi.new("uint32_t *")
+    _check(lib.qs_bodies_program(bodies_fd, out), "cannot look into the prog_array of the shared body")
+    return int(out[0])
 
 
 def read_maps(info: ProgramInfo) -> MapsContent:
@@ -532,23 +561,56 @@ def run_program(prog_fd: int, packet: bytes, repeat: int = 1) -> TestRun:
 
 # What is attached
 
+_CANNOT_LOOK = "cannot read from the kernel what is attached to its taps"
+_LOOKING_TAKES = "it takes Linux 6.1 with BTF"
+# PROC_PID_INIT_INO of include/linux/proc_ns.h.
+_HOST_PID_NAMESPACE = 0xEFFFFFFC
 
-def open_queues() -> tuple[OpenQueue, ...]:
-    """Every open queue of every tap of the host, each once, from the kernel's own structures.
 
-    Raises QsteerError: the iterator cannot be loaded (rights, no BTF, a kernel before 6.1).
+def open_queues(pid: int = 0) -> tuple[OpenQueue, ...]:
+    """Every open queue of every tap of the host, from the kernel's own structures; or those of one process.
+
+    A queue that several processes have open is there once for each of them, with the same ``file``.  Raises
+    QsteerError: the iterator cannot be loaded (rights, no BTF, a kernel before 6.1), or this is a container whose pids
+    are not the host's.
     """
+    once = {(queue.file, queue.pid): queue for queue in reversed(_read_queues(pid))}
+    return tuple(sorted(once.values(), key=lambda queue: (queue.netns, queue.ifindex, queue.index, queue.pid)))
+
+
+def _read_queues(pid: int) -> tuple[OpenQueue, ...]:
     records, count = ffi.new("struct qs_queue **"), ffi.new("size_t *")
-    result = lib.qs_tun_queues(os.fsencode(OBJECTS / "tun_queues.bpf.o"), records, count)
-    _check_bpf(
-        result, "cannot read from the kernel what is attached to its taps", hint="it takes Linux 6.1, with BTF, and tun"
-    )
+    _check_bpf(lib.qs_tun_iter_read(_tun_iter(), pid, records, count), _CANNOT_LOOK, hint=_LOOKING_TAKES)
     try:
-        queues = tuple(_queue(records[0][i]) for i in range(count[0]))
+        return tuple(_queue(records[0][i]) for i in range(count[0]))
     finally:
         lib.qs_free(records[0])
-    once = {queue.file: queue for queue in reversed(queues)}
-    return tuple(queue for queue in sorted(once.values(), key=lambda queue: (queue.netns, queue.ifindex, queue.index)))
+
+
+def queue_of(queue_fd: int) -> OpenQueue:
+    """What the kernel says now of a queue that this process has open.  Raises QsteerError if it is none."""
+    for queue in _read_queues(os.getpid()):
+        if queue.fd == queue_fd:
+            return queue
+    raise NotFoundError(f"fd {queue_fd} is not a queue of a tap any more")
+
+
+@functools.cache
+def _tun_iter() -> Any:
+    """The loaded iterator, for as long as this process lives."""
+    if Path("/proc/self/ns/pid").stat().st_ino != _HOST_PID_NAMESPACE:
+        raise UnsupportedError(f"{_CANNOT_LOOK}: this is not the host's pid namespace", hint="docker run --pid=host")
+    try:
+        tun_fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise _tun_error(error.errno or 0, "cannot open /dev/net/tun") from None
+    out = ffi.new("struct qs_tun_iter **")
+    try:
+        result = lib.qs_tun_iter_open(os.fsencode(OBJECTS / "tun_queues.bpf.o"), tun_fd, out)
+    finally:
+        os.close(tun_fd)
+    _check_bpf(result, _CANNOT_LOOK, hint=_LOOKING_TAKES)
+    return out[0]
 
 
 def _queue(raw: Any) -> OpenQueue:

@@ -52,7 +52,7 @@ def bridge_port_mac(mac: str) -> str:
     A bridge takes the lowest MAC among its ports for its own, so a port's is high; and it must differ from the NIC's,
     or the bridge would keep the NIC's frames to itself.
     """
-    return f"fe{mac[2:]}"
+    return f"{'fa' if mac[:2] == 'fe' else 'fe'}{mac[2:]}"
 
 
 def configure(tap: str, *, mac: str | None = None, mtu: int | None = None, bridge_index: int | None = None) -> None:

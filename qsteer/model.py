@@ -65,6 +65,7 @@ class ProgramInfo:
     key_id: int
     table_id: int
     bodies_id: int
+    verified_instructions: int
     ident: Ident | None
 
     @property
@@ -164,6 +165,11 @@ class Tap:
     def attached(self) -> int:
         """Queues that some process has, those that the guest does not use included."""
         return self.active + self.disabled
+
+    @property
+    def steerable(self) -> bool:
+        """Whether there is a choice of queues."""
+        return self.multi_queue and self.attached > 1
 
     @property
     def vm(self) -> Process | None:

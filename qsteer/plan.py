@@ -37,6 +37,14 @@ class AttachHeld:
 
 
 @dataclass(frozen=True, slots=True)
+class RefillBody:
+    """Give the attached stub its shared body back, and every other stub that lost it with it."""
+
+    def __str__(self) -> str:
+        return "load the shared body again, which the attached program lacks"
+
+
+@dataclass(frozen=True, slots=True)
 class Detach:
     """Take the program off."""
 
@@ -60,7 +68,7 @@ class RemoveHold:
         return "remove the hold"
 
 
-Step = Attach | AttachHeld | Detach | PutHold | RemoveHold
+Step = Attach | AttachHeld | RefillBody | Detach | PutHold | RemoveHold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +121,7 @@ def plan_apply(tap: Tap, wanted: Wanted, *, random_key: Callable[[int], bytes] =
     Raises ConflictError (a foreign program, or QEMU's own, is attached and ``replace`` is not given) and
     UnsupportedError (nothing to steer, software steering, a guest's table that cannot be read).
     """
-    if not tap.multi_queue or tap.attached < 2:
+    if not tap.steerable:
         raise UnsupportedError(f'tap "{tap.name}" has a single queue: there is nothing to steer')
     if wanted.source is Source.STATIC or wanted.static:
         return _apply_static(tap, wanted, random_key)
@@ -121,39 +129,67 @@ def plan_apply(tap: Tap, wanted: Wanted, *, random_key: Callable[[int], bytes] =
 
 
 def _apply_auto(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) -> Plan:
+    """The best source that works: QEMU's own program, the one it was given, what is attached, an even spread."""
+    attached, shared, qemus = tap.program, _shared_maps(tap), _of_qemu(tap)
+    if attached and attached.kind is Kind.QEMU and not wanted.source and not wanted.replace:
+        return _unchanged(tap, Source.QEMU_MAPS)
     _refuse_foreign(tap, wanted)
-    shared = _shared_maps(tap)
-    attached = tap.program
-    if attached and attached.ident and attached.ident.source is Source.SHARED_MAPS:
-        return _unchanged(tap, Source.SHARED_MAPS)
-    if shared and shared.content and shared.content.enabled:
-        return Plan(
-            tap=tap,
-            steps=(AttachHeld(program_id=shared.info.id, fd=shared.fd), *_lift_hold(tap)),
-            result="attached",
-            source=Source.SHARED_MAPS,
-            program_id=shared.info.id,
+    if shared:
+        return _apply_shared(tap, wanted, shared)
+    if wanted.source:
+        raise UnsupportedError(
+            f'the QEMU behind tap "{tap.name}" has no program of qsteer\'s to write into: no {wanted.source}',
+            hint="qsteer run starts a VM that has",
         )
-    if shared and not tap.program_id:
-        return Plan(
-            tap=tap,
-            steps=_lift_hold(tap),
-            result="ready",
-            source=Source.SHARED_MAPS,
-            program_id=0,
-            notes=("the guest has not asked for RSS: QEMU attaches the program when it does",),
-        )
-    if attached and attached.kind is Kind.QSTEER:
-        return _unchanged(tap, Source.STATIC)
-    if tap.nic and tap.nic.rss:
+    if attached and attached.ident and tap.body_present:
+        return _unchanged(tap, attached.ident.source)
+    if tap.nic and tap.nic.rss and not attached:
         _refuse_software(tap, wanted)
+        if qemus:
+            return _ready(tap, Source.QEMU_MAPS, "QEMU attaches its own program when the guest asks for RSS")
         raise UnsupportedError(
             f'the guest behind tap "{tap.name}" is offered RSS, and its table cannot be read from here',
             hint="--source static steers by a table of yours",
         )
-    if wanted.source:
-        raise UnsupportedError(f'tap "{tap.name}" has no {wanted.source}', hint="qsteer run starts a VM that has")
     return _apply_static(tap, wanted, random_key)
+
+
+def _apply_shared(tap: Tap, wanted: Wanted, shared: Held) -> Plan:
+    """Follow the guest through the program that QEMU was started with."""
+    if tap.program_id == shared.info.id:
+        if not tap.body_present and shared.info.ident and shared.info.ident.outdated:
+            raise UnsupportedError(
+                f'the shared body of tap "{tap.name}" is gone, and was that of another version of qsteer',
+                hint="restart the VM with qsteer run, or --source static",
+            )
+        mend: tuple[Step, ...] = () if tap.body_present else (RefillBody(),)
+        result = "mended" if mend else "unchanged"
+        return replace(_unchanged(tap, Source.SHARED_MAPS), steps=(*mend, *_lift_hold(tap)), result=result)
+    # What QEMU took off itself holds the table of before a reset: that comes back only on request.
+    taken_off_by_us = tap.hold or tap.program_id
+    if shared.content and shared.content.enabled and (taken_off_by_us or wanted.source):
+        return Plan(
+            tap=tap,
+            steps=(AttachHeld(program_id=shared.info.id, fd=shared.fd), *_lift_hold(tap)),
+            result="replaced" if tap.program_id else "attached",
+            source=Source.SHARED_MAPS,
+            program_id=shared.info.id,
+            notes=_displaces(tap),
+        )
+    return _ready(tap, Source.SHARED_MAPS, "QEMU attaches the program when the guest asks for RSS")
+
+
+def _ready(tap: Tap, source: Source, note: str) -> Plan:
+    """QEMU will attach a program by itself; until then nothing steers."""
+    off: tuple[Step, ...] = (Detach(),) if tap.program_id else ()
+    return Plan(
+        tap=tap,
+        steps=(*off, *_lift_hold(tap)),
+        result="ready",
+        source=source,
+        program_id=0,
+        notes=(*_displaces(tap), note),
+    )
 
 
 def _apply_static(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) -> Plan:
@@ -173,12 +209,18 @@ def _apply_static(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) 
         displaced = own.ident.displaced
     elif attached and attached.kind is Kind.QEMU:
         displaced = attached.id
-    notes = []
-    if attached and not own:
-        notes.append(f"takes off {describe(attached)}")
-    if wanted.static.table and (beyond := max(config.table)) >= tap.attached:
-        notes.append(f"the table names queue {beyond}, there are {tap.attached}: the kernel folds it (modulo)")
-    if _shared_maps(tap) or displaced:
+    notes = list(_displaces(tap))
+    last = tap.attached - 1
+    if wanted.static.table and (beyond := max(config.table)) > last:
+        notes.append(f"the table names queue {beyond}, the tap has 0 to {last}: the kernel folds it (modulo)")
+    if config.unclassified_queue > last:
+        notes.append(f"unclassified queue {config.unclassified_queue}: the tap has 0 to {last}, the kernel folds it")
+    if _shared_maps(tap):
+        notes.append(
+            "the guest's own table is not followed now: --source shared-maps goes back to it, "
+            "and so does QEMU when the guest sets RSS"
+        )
+    elif displaced or _of_qemu(tap):
         notes.append("QEMU holds a program of its own for this tap, and attaches it when the guest sets RSS")
     notes.append("not kept: QEMU may remove it on reset or migration; status shows it, apply puts it back")
     return Plan(
@@ -195,12 +237,11 @@ def plan_off(tap: Tap, *, replace_foreign: bool = False) -> Plan:
     """Stop steering a tap, and hold it off.  Raises ConflictError if what is attached is not qsteer's."""
     holding: tuple[Step, ...] = () if tap.hold else (PutHold(),)
     if not tap.program_id:
-        return Plan(tap=tap, steps=holding, result="off", source=None, program_id=0, notes=_may_come_back(tap))
+        result = "off" if holding else "unchanged"
+        return Plan(tap=tap, steps=holding, result=result, source=None, program_id=0, notes=_may_come_back(tap))
     _refuse_foreign(tap, Wanted(replace=replace_foreign))
     program = tap.program
-    notes = []
-    if program and program.kind is not Kind.QSTEER:
-        notes.append(f"takes off {describe(program)}")
+    notes = list(_displaces(tap))
     if program and program.ident and program.ident.displaced:
         put_back = next((held for held in tap.held if held.info.id == program.ident.displaced), None)
         if put_back:
@@ -234,6 +275,18 @@ def _shared_maps(tap: Tap) -> Held | None:
     """qsteer's program that QEMU was started with for this tap."""
     idents = ((held, held.info.ident) for held in tap.held)
     return next((held for held, ident in idents if ident and ident.source is Source.SHARED_MAPS), None)
+
+
+def _of_qemu(tap: Tap) -> Held | None:
+    """A program that QEMU loaded itself."""
+    return next((held for held in tap.held if held.info.kind is Kind.QEMU), None)
+
+
+def _displaces(tap: Tap) -> tuple[str, ...]:
+    """Names what is taken off, if it is not qsteer's."""
+    if not tap.program_id or (tap.program and tap.program.kind is Kind.QSTEER):
+        return ()
+    return (f"in place of {describe(tap.program) if tap.program else f'program {tap.program_id}'}",)
 
 
 def _refuse_foreign(tap: Tap, wanted: Wanted) -> None:
@@ -280,7 +333,7 @@ def _merged(base: RssConfig, static: Static) -> RssConfig:
     )
 
 
-def _unchanged(tap: Tap, source: Source) -> Plan:
+def _unchanged(tap: Tap, source: Source | None) -> Plan:
     return Plan(tap=tap, steps=_lift_hold(tap), result="unchanged", source=source, program_id=tap.program_id)
 
 
@@ -296,13 +349,15 @@ def state(tap: Tap) -> str:
         return _state_steered(tap, tap.program)
     if tap.hold:
         return "held off"
+    if not tap.steerable:
+        return "single queue"
     if steers_in_software(tap):
         return "guest is offered RSS, QEMU steers in software"
-    if _shared_maps(tap):
-        return "ready, the guest has not asked for RSS" if not _asked(tap) else "guest asks for RSS, not steered"
+    if _shared_maps(tap) or _of_qemu(tap):
+        return "ready, the guest has not asked for RSS"
     if tap.nic and tap.nic.rss:
         return "guest is offered RSS, not steered"
-    return "not steered" if tap.multi_queue and tap.attached > 1 else "single queue"
+    return "not steered"
 
 
 def _state_steered(tap: Tap, program: ProgramInfo) -> str:
@@ -313,8 +368,3 @@ def _state_steered(tap: Tap, program: ProgramInfo) -> str:
     if program.kind is Kind.QSTEER and steers_in_software(tap):
         return "undone: QEMU steers in software"
     return "ok"
-
-
-def _asked(tap: Tap) -> bool:
-    shared = _shared_maps(tap)
-    return bool(shared and shared.content and shared.content.enabled)

@@ -19,18 +19,19 @@ def read(pid: int) -> Process | None:
     try:
         with (directory / "cmdline").open("rb") as file:
             argv = qemuargs.split_cmdline(file.read(qemuargs.CMDLINE_MAX))
-        stat = (directory / "stat").read_text(errors="replace")
-        status = (directory / "status").read_text(errors="replace")
-    except OSError:
+        stat = (directory / "stat").read_bytes()
+        # The name in it may hold any byte but a newline and a backslash, which the kernel escapes.
+        status = (directory / "status").read_bytes().split(b"\n")
+        uid = next(line for line in status if line.startswith(b"Uid:")).split()[2]
+    except (OSError, StopIteration):
         return None
     # The name may hold spaces and brackets; the fields behind its last bracket are numbers.
-    fields = stat[stat.rindex(")") + 2 :].split()
-    uid = next(line.split()[2] for line in status.splitlines() if line.startswith("Uid:"))
+    name_end = stat.rindex(b")")
     return Process(
         pid=pid,
-        started=int(fields[19]),
+        started=int(stat[name_end + 2 :].split()[19]),
         uid=int(uid),
-        comm=stat[stat.index("(") + 1 : stat.rindex(")")],
+        comm=stat[stat.index(b"(") + 1 : name_end].decode(errors="replace"),
         args=qemuargs.parse(argv) if qemuargs.is_qemu(argv) else None,
     )
 

@@ -99,6 +99,11 @@ class QemuArgs:
     unreadable: tuple[str, ...]
 
 
+def defaults_of(args: QemuArgs, driver: str) -> dict[str, object]:
+    """What -global says of a driver's properties; ``virtio-net`` is an alias of the machine's own."""
+    return {setting.property: setting.value for setting in args.globals if setting.driver in (driver, "virtio-net")}
+
+
 def is_qemu(argv: Sequence[str]) -> bool:
     """Whether argv[0] names a system emulator (``qemu-system-x86_64``, ``qemu-kvm``, ``kvm``); it can be forged."""
     if not argv:

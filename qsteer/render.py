@@ -97,23 +97,25 @@ def program_json(tap: Tap) -> Json | None:
 
 
 def show_text(tap: Tap) -> str:
-    """A tap's RSS configuration as ``ethtool -x`` prints it."""
-    program = tap.program
-    lines = [f"{printable(tap.name)}: {_program_cell(tap)}, source {source_of(tap) or '-'}"]
-    if program and program.ident:
-        lines[0] += f", {program.ident.build}, qsteer {program.ident.version}"
+    """A tap's RSS configuration as ``ethtool -x`` prints it; what qsteer adds is in lines that begin with #."""
+    name, program = printable(tap.name), tap.program
+    if not tap.program_id:
+        return f"# {name}: no steering program is attached, the kernel's automq chooses the queue ({state(tap)})"
+    if not program:
+        return f"# {name}: steered by program {tap.program_id}; CAP_SYS_ADMIN is missing to look at it"
+    about = [_program_cell(tap), f"source {source_of(tap) or '-'}"]
+    if program.ident:
+        about += [str(program.ident.build), f"qsteer {program.ident.version}"]
+    lines = [f"# {name}: {', '.join(about)}"]
     config = tap.content.config if tap.content else None
     if tap.content and not tap.content.enabled:
-        lines.append("RSS is not enabled: every packet goes to the unclassified queue")
-    if config:
-        lines.append(ethtool.format_table(config, device=tap.name, rings=tap.active).rstrip("\n"))
-        beyond = max(config.table)
-        if beyond >= tap.active:
-            lines.append(f"Entries name queue {beyond}, {tap.active} are active: the kernel folds them (modulo).")
-    elif program:
-        lines.append("its maps hold no RSS configuration" if program.has_maps else "it has no RSS maps")
-    else:
-        lines.append("no steering program is attached: the kernel's automq chooses the queue")
+        lines.append("# RSS is not enabled: every packet goes to the unclassified queue")
+    if not config:
+        lines.append("# its maps hold no RSS configuration" if program.has_maps else "# it has no RSS maps")
+        return "\n".join(lines)
+    lines.append(ethtool.format_table(config, device=name, rings=tap.active).rstrip("\n"))
+    if max(config.table) >= tap.active:
+        lines.append(f"# the kernel folds what is beyond the {tap.active} active queues (modulo)")
     return "\n".join(lines)
 
 
@@ -161,13 +163,14 @@ def done_text(plan: Plan, program_id: int) -> str:
 
 
 def plan_json(plan: Plan, program_id: int | None) -> Json:
-    """One tap of ``qsteer.apply/1`` and ``qsteer.off/1``; ``program`` is None in a dry run."""
+    """One tap of ``qsteer.apply/1`` and ``qsteer.off/1``; ``program_id`` is None in a dry run."""
     return {
         "tap": plan.tap.name,
         "vm": plan.tap.vm_name,
         "result": plan.result,
+        "dry_run": program_id is None,
         "source": plan.source,
-        "program": program_id,
+        "program": program_id or None,
         "steps": [str(step) for step in plan.steps],
         "notes": list(plan.notes),
     }

@@ -55,13 +55,20 @@ def format_hash_types(types: HashType) -> tuple[str, ...]:
 
 
 def parse_key(text: str) -> bytes:
-    """An RSS hash key as ethtool prints it (``6d:5a:...``).  Raises UsageError unless it is KEY_BYTES bytes of hex."""
+    """An RSS hash key as ethtool prints it (``6d:5a:...``), or as hex digits alone.
+
+    Raises UsageError unless it is KEY_BYTES bytes.
+    """
+    text = text.strip()
     try:
-        key = bytes(int(byte, 16) for byte in text.strip().split(":") if _is_hex_byte(byte))
+        if ":" in text:
+            key = bytes(int(byte, 16) for byte in text.split(":") if _is_hex_byte(byte))
+        else:
+            key = bytes.fromhex(text)
     except ValueError:
         raise UsageError(f'"{text}" is not a hash key', hint=f"{KEY_BYTES} bytes in hex, joined by colons") from None
     if len(key) != KEY_BYTES:
-        raise UsageError(f"a hash key has {KEY_BYTES} bytes, not {len(key)}")
+        raise UsageError(f"a hash key has {KEY_BYTES} bytes, not {len(key)}", hint="or --key random")
     return key
 
 
@@ -95,7 +102,10 @@ class RssConfig:
             raise UsageError(f"a hash key has {KEY_BYTES} bytes, not {len(self.key)}")
         length = len(self.table)
         if not 1 <= length <= TABLE_MAX or length & (length - 1):
-            raise UsageError(f"an indirection table has 1 to {TABLE_MAX} entries, a power of two, not {length}")
+            raise UsageError(
+                f"an indirection table has 1 to {TABLE_MAX} entries, a power of two, not {length}",
+                hint="--equal or --weight makes one",
+            )
         for queue in (*self.table, self.unclassified_queue):
             if not 0 <= queue <= 0xFFFF:
                 raise UsageError(f"queue {queue} is not in the range 0 to 65535")
@@ -106,7 +116,7 @@ class RssConfig:
 def equal_table(queues: int, length: int = TABLE_MAX) -> tuple[int, ...]:
     """``ethtool -X DEV equal N``: entry i is i modulo ``queues``.  Raises UsageError on no queue at all."""
     if queues < 1:
-        raise UsageError("equal wants at least 1 queue")
+        raise UsageError("equal wants at least 1 queue", hint="qsteer off stops steering")
     return tuple(i % queues for i in range(length))
 
 

@@ -20,7 +20,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -60,7 +60,15 @@ class Rehearsal:
         return "\n".join((*self.steps, f"  {shlex.join(self.command)}", *self.notes))
 
 
-def run(*, vm: str | None, taps: Sequence[str], user: str | None, dry_run: bool, command: Sequence[str]) -> Rehearsal:
+def run(
+    *,
+    vm: str | None,
+    taps: Sequence[str],
+    user: str | None,
+    dry_run: bool,
+    command: Sequence[str],
+    quiet: bool = False,
+) -> Rehearsal:
     """Start QEMU with NICs that are steered.  Returns only from a dry run; otherwise this process becomes QEMU.
 
     ``taps`` are the values of --tap, ``command`` is QEMU's argv, ``user`` None where --user is not given.  Raises
@@ -76,7 +84,7 @@ def run(*, vm: str | None, taps: Sequence[str], user: str | None, dry_run: bool,
     identity = _identity(user)
     binary = shutil.which(command[0])
     if binary is None:
-        raise UsageError(f'there is no program "{command[0]}"')
+        raise UsageError(f'there is no program "{command[0]}" to run', hint="what follows -- is QEMU's command line")
     bridges = {spec.bridge: links.bridge(spec.bridge) for spec in specs if spec.bridge}
     for spec in specs:
         if spec.ifname and links.find(spec.ifname):
@@ -86,16 +94,26 @@ def run(*, vm: str | None, taps: Sequence[str], user: str | None, dry_run: bool,
 
     probe = qmp.probe(binary, drivers=runplan.drivers_of(qemuargs.parse(command)), become=lambda: _become(identity))
     plan = runplan.make_plan(specs=specs, command=command, probe=probe, vm=vm, vhost_available=_has_vhost())
+    # Anybody may give a process of their own any name: only root and the VM's user can be in the way.
+    users = (0, identity.uid if identity else os.geteuid())
     for process in procs.running_qemus() if plan.vm else ():
-        if process.args and process.args.name == plan.vm:
-            raise QsteerError(f'a VM named "{plan.vm}" runs already: process {process.pid} of uid {process.uid}')
+        if process.args and process.args.name == plan.vm and process.uid in users:
+            raise QsteerError(
+                f'a VM named "{plan.vm}" runs already: process {process.pid} of uid {process.uid}',
+                hint="choose another name with --vm",
+            )
 
+    if plan.vm is None and not specs[0].ifname and any(nic.mac is None for nic in plan.nics):
+        nameless = "the VM has no name: a MAC is made of the tap's, and may be another one next time; see --vm"
+        plan = replace(plan, notes=(*plan.notes, nameless))
     if not dry_run:
-        _execute(plan, binary, identity, bridges)
+        _execute(plan, binary, identity, bridges, quiet=quiet)
     return _rehearse(plan, identity, bridges)
 
 
-def _execute(plan: RunPlan, binary: str, identity: Identity | None, bridges: Mapping[str, "Link"]) -> NoReturn:
+def _execute(
+    plan: RunPlan, binary: str, identity: Identity | None, bridges: Mapping[str, "Link"], *, quiet: bool
+) -> NoReturn:
     with contextlib.ExitStack() as stack:
         taps: list[kernel.OpenTap] = []
         for nic in plan.nics:
@@ -118,7 +136,8 @@ def _execute(plan: RunPlan, binary: str, identity: Identity | None, bridges: Map
             )
             rows.append(_row(nic, tap.name, mac, f"qsteer {program.id} ({program.build})" if program else "-"))
 
-        print(columns(rows), *plan.notes, f"QEMU runs as {_who(identity)}", sep="\n", file=sys.stderr, flush=True)
+        if not quiet:
+            print(columns(rows), *plan.notes, f"QEMU runs as {_who(identity)}", sep="\n", file=sys.stderr, flush=True)
         for given in handles:
             for fd in (*given.queue_fds, *given.vhost_fds, *given.program_fds):
                 os.set_inheritable(int(fd), True)
@@ -214,7 +233,9 @@ def _become(identity: Identity | None) -> None:
 def _environment(identity: Identity | None) -> dict[str, str]:
     if identity is None:
         return dict(os.environ)
-    return {**os.environ, "HOME": identity.home, "USER": identity.name, "LOGNAME": identity.name}
+    # The session of whoever called is not the user's.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "DBUS_", "SUDO_"))}
+    return {**kept, "HOME": identity.home, "USER": identity.name, "LOGNAME": identity.name}
 
 
 def _machine_id() -> str:
@@ -242,10 +263,10 @@ def _rehearse(plan: RunPlan, identity: Identity | None, bridges: Mapping[str, "L
     handles: list[NicHandles] = []
     for nic in plan.nics:
         spec = nic.spec
-        tap = spec.ifname or "tap%d"
+        tap = f"tap {spec.ifname}" if spec.ifname else f"a tap for {spec.id}"
         vm = plan.vm or plan.nics[0].spec.ifname
-        mac = nic.mac or (runplan.stable_mac(vm, spec.id, _machine_id()) if vm else "52:54:00:xx:xx:xx")
-        steps.append(f"open tap {tap} with {spec.queues} queue{'s' * (spec.queues > 1)}")
+        mac = nic.mac or (runplan.stable_mac(vm, spec.id, _machine_id()) if vm else "52:xx:xx:xx:xx:xx")
+        steps.append(f"open {tap} with {spec.queues} queue{'s' * (spec.queues > 1)}")
         if spec.bridge:
             steps.append(
                 f"add {tap} to bridge {spec.bridge}, MTU {spec.mtu or bridges[spec.bridge].mtu}, and set it up"

@@ -197,7 +197,8 @@ def qemu_argv(plan: RunPlan, handles: Sequence[NicHandles]) -> tuple[str, ...]:
 def stable_mac(vm: str, nic_id: str, machine_id: str) -> str:
     """The MAC of a NIC that was given none: the same at every start, another for every VM, NIC and host."""
     digest = hashlib.sha256("\0".join((vm, nic_id, machine_id)).encode("utf-8", "surrogateescape")).digest()
-    return f"52:54:00:{digest[:3].hex(':')}"
+    # Locally administered, unicast; all of the rest is hash, so that a thousand NICs hardly ever collide.
+    return f"52:{digest[:5].hex(':')}"
 
 
 def _nic(spec: TapSpec, args: QemuArgs, probe: "QemuProbe", vhost_available: bool, notes: list[str]) -> Nic:
@@ -211,10 +212,7 @@ def _nic(spec: TapSpec, args: QemuArgs, probe: "QemuProbe", vhost_available: boo
     if device:
         _as_json(device, types)
 
-    own: dict[str, object] = {
-        setting.property: setting.value for setting in args.globals if setting.driver in (driver, _DRIVER_ALIAS)
-    }
-    own |= dict(device.properties) if device else {}
+    own = qemuargs.defaults_of(args, driver) | (dict(device.properties) if device else {})
     own_rss = qemuargs.parse_bool(own.get("rss"))
     wants_rss = spec.queues > 1 and spec.rss and own_rss is not False
     ignores_program = probe.version[:2] >= _VHOST_IGNORES_PROGRAM
@@ -308,6 +306,8 @@ def _notes(
             "vhost=off: QEMU 10.1 and later ignores the steering program with vhost; "
             "vhost=on keeps vhost and gives up RSS"
         )
+    if qemuargs.parse_bool(own.get("mq")) is False:
+        notes.append("mq=off on QEMU's command line: the guest uses one queue only")
     if qemuargs.parse_bool(own.get("hash")):
         notes.append("hash=on: QEMU steers in software once the guest asks for hash reports")
     return tuple(notes)

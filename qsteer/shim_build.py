@@ -23,6 +23,7 @@ ffi.cdef("""
 #define CAP_NET_ADMIN ...
 #define CAP_PERFMON ...
 #define CAP_BPF ...
+#define CAP_SYS_ADMIN ...
 
 struct qs_rss_config {
     uint8_t redirect;
@@ -68,6 +69,7 @@ struct qs_program_info {
     uint64_t loaded_ns;
     uint32_t uid;
     uint32_t has_ident;
+    uint32_t verified_insns;
     uint8_t tag[8];
     char name[16];
     struct qs_ident ident;
@@ -87,10 +89,11 @@ int qs_capabilities_drop(void);
 int qs_capabilities_effective(uint64_t *set);
 int qs_bpffs_mount(const char *path);
 int qs_program_load(const char *object, const struct qs_ident *ident, int bodies_fd, struct qs_program *program);
+int qs_bodies_refill(int bodies_fd, const char *object);
 int qs_bodies_create(const char *object, int *bodies_fd);
 int qs_pin(int fd, const char *path);
 int qs_pinned(const char *path, int *fd);
-int qs_bodies_filled(int bodies_fd);
+int qs_bodies_program(int bodies_fd, uint32_t *id);
 const char *qs_log_take(void);
 int qs_program_fd(uint32_t id, int *fd);
 int qs_program_info(int prog_fd, struct qs_program_info *info);
@@ -101,7 +104,9 @@ int qs_config_write(int config_fd, int key_fd, int table_fd, const struct qs_rss
                     const uint16_t *table);
 int qs_program_run(int prog_fd, const void *packet, uint32_t len, uint32_t repeat, uint32_t *answer,
                    uint32_t *cb_left, uint32_t *duration_ns);
-int qs_tun_queues(const char *object, struct qs_queue **queues, size_t *count);
+struct qs_tun_iter;
+int qs_tun_iter_open(const char *object, int tun_fd, struct qs_tun_iter **iter);
+int qs_tun_iter_read(struct qs_tun_iter *iter, int pid, struct qs_queue **queues, size_t *count);
 void qs_free(void *memory);
 """)
 

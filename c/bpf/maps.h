@@ -31,13 +31,31 @@ struct {
 
 const volatile struct qs_ident qsteer_ident = {};
 
+/* What a program works with for one packet: read once, whatever QEMU writes meanwhile. */
+struct qs_config {
+	__u32 types;
+	__u32 mask;  /* table length - 1 */
+	__u32 queue; /* unclassified */
+};
+
 /*
- * QEMU writes the configuration while packets are steered, and is not trusted: a length that the
- * specification does not allow makes every packet unclassified.
+ * Nonzero if packets are to be hashed.  QEMU is not trusted: a length that the specification does
+ * not allow makes every packet unclassified.
  */
-static __always_inline int qs_length_ok(__u32 len)
+static __always_inline int qs_config_get(struct qs_config *config)
 {
-	return len >= 1 && len <= QS_TABLE_ENTRIES && !(len & (len - 1));
+	const volatile struct qs_rss_config *raw;
+	__u32 zero = 0, len;
+
+	raw = bpf_map_lookup_elem(&tap_rss_map_configurations, &zero);
+	if (!raw)
+		return 0;
+	len = raw->indirections_len;
+	config->queue = raw->default_queue;
+	config->types = raw->hash_types & QS_HASH_ALL;
+	config->mask = len - 1;
+	return raw->redirect && config->types && len >= 1 && len <= QS_TABLE_ENTRIES &&
+	       !(len & (len - 1));
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -53,4 +53,6 @@ static __always_inline int qs_load(const struct qs_reader *r, __u32 off, void *t
 	return bpf_skb_load_bytes(r->skb, off - pulled, to, len);
 }
 
+#define qs_load_far qs_load
+
 #endif

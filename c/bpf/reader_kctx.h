@@ -74,14 +74,24 @@ static __always_inline int qs_reader_init(struct qs_reader *r, struct __sk_buff 
 	return 0;
 }
 
-/* 0 and the bytes at off (from the MAC header), or a negative value: the packet does not have them. */
+/*
+ * 0 and the bytes at off (from the MAC header), or a negative value: the packet does not have them.
+ * Through a helper alone: for rare headers, where inlined reads would cost the verifier most.
+ */
+static __always_inline int qs_load_far(const struct qs_reader *r, __u32 off, void *to,
+				       const __u32 len)
+{
+	return off < r->pulled ? -1 : bpf_skb_load_bytes(r->skb, off - r->pulled, to, len);
+}
+
+/* The same, straight from the linear area where the bytes are there. */
 static __always_inline int qs_load(const struct qs_reader *r, __u32 off, void *to, const __u32 len)
 {
 	__u64 from = r->mac + off;
 	__u32 done = 0;
 
 	if (off + len > r->linear)
-		return off < r->pulled ? -1 : bpf_skb_load_bytes(r->skb, off - r->pulled, to, len);
+		return qs_load_far(r, off, to, len);
 #pragma unroll
 	for (; done + 8 <= len; done += 8)
 		*(__u64 *)(to + done) = qs_at64(from + done);

@@ -20,8 +20,8 @@
  *  - IPv6 extension headers are followed for QS_EXT_HEADERS headers, and QS_EXT_OPTIONS options
  *    in each destination options header; behind that there is no transport header.
  *
- * The packet is read through qs_load(), which reader_*.h provides: it fails, and reads nothing,
- * unless every byte asked for belongs to the packet.
+ * The packet is read through qs_load() and qs_load_far(), which reader_*.h provide: they fail, and
+ * read nothing, unless every byte asked for belongs to the packet.
  */
 #ifndef QS_RSS_H
 #define QS_RSS_H
@@ -66,7 +66,7 @@ static __always_inline __u64 qs_be64(const void *p)
 /* Source and destination port at the top of a word, or a negative value: no such header. */
 static __always_inline int qs_ports(struct qs_reader *r, __u32 off, __u32 proto, __u64 *word)
 {
-	__u32 header[5];
+	__u32 header[5] __attribute__((aligned(8)));
 
 	if (proto == QS_IPPROTO_TCP) {
 		if (qs_load(r, off, header, 20))
@@ -120,20 +120,21 @@ static long qs_ip6_option(__u32 i, void *ctx)
 {
 	struct qs_ip6_walk *w = ctx;
 	__u32 opt = w->opt;
-	__u8 head[2];
+	__u8 head[2] __attribute__((aligned(2)));
 
-	if (opt >= w->opt_end || qs_load(&w->r, opt, head, 1))
+	if (opt >= w->opt_end || qs_load_far(&w->r, opt, head, 1))
 		return 1;
 	if (head[0] == QS_OPT_PAD1) {
 		w->opt = opt + 1;
 		return 0;
 	}
-	if (opt + 2 > w->opt_end || qs_load(&w->r, opt, head, 2) || opt + 2 + head[1] > w->opt_end)
+	if (opt + 2 > w->opt_end || qs_load_far(&w->r, opt, head, 2) ||
+	    opt + 2 + head[1] > w->opt_end)
 		return 1;
 	if (head[0] == QS_OPT_HOME_ADDRESS && head[1] == 16) {
 		__u64 home[2];
 
-		if (!qs_load(&w->r, opt + 2, home, sizeof(home))) {
+		if (!qs_load_far(&w->r, opt + 2, home, sizeof(home))) {
 			w->home[0] = home[0];
 			w->home[1] = home[1];
 			w->has_home = 1;
@@ -155,7 +156,7 @@ static long qs_ip6_header(__u32 i, void *ctx)
 	    next != QS_IPPROTO_FRAGMENT && next != QS_IPPROTO_DSTOPTS && next != QS_IPPROTO_AH)
 		return 1;
 	w->seen = 1;
-	if (i >= QS_EXT_HEADERS || qs_load(&w->r, off, head, sizeof(head))) {
+	if (i >= QS_EXT_HEADERS || qs_load_far(&w->r, off, head, sizeof(head))) {
 		w->no_l4 = 1;
 		return 1;
 	}
@@ -171,7 +172,7 @@ static long qs_ip6_header(__u32 i, void *ctx)
 	} else if (next == QS_IPPROTO_ROUTING && head[2] == 2 && head[1] == 2) {
 		__u64 via[2];
 
-		if (!qs_load(&w->r, off + 8, via, sizeof(via))) {
+		if (!qs_load_far(&w->r, off + 8, via, sizeof(via))) {
 			w->via[0] = via[0];
 			w->via[1] = via[1];
 			w->has_via = 1;

@@ -12,25 +12,17 @@ SEC("socket")
 int qsteer_tap(struct __sk_buff *skb)
 {
 	__u64 word[QS_WORDS] = {}, key[QS_KEY_WORDS];
-	__u32 zero = 0, types, len, queue, i;
-	struct qs_rss_config *config;
+	struct qs_config config = {};
 	struct qs_rss_key *raw;
+	__u32 zero = 0, i;
 	struct qs_reader r;
 	__u16 *entry;
 
-	config = bpf_map_lookup_elem(&tap_rss_map_configurations, &zero);
+	if (!qs_config_get(&config))
+		return config.queue;
 	raw = bpf_map_lookup_elem(&tap_rss_map_toeplitz_key, &zero);
-	if (!config || !raw)
-		return 0;
-
-	queue = config->default_queue;
-	types = config->hash_types & QS_HASH_ALL;
-	len = config->indirections_len;
-	if (!config->redirect || !types || !qs_length_ok(len))
-		return queue;
-
-	if (qs_reader_init(&r, skb) || qs_classify(skb, &r, types, word))
-		return queue;
+	if (!raw || qs_reader_init(&r, skb) || qs_classify(skb, &r, config.types, word))
+		return config.queue;
 
 	key[0] = (__u64)raw->leftmost_32_bits << 32 | bpf_ntohl(*(__u32 *)raw->rest);
 #pragma unroll
@@ -38,7 +30,7 @@ int qsteer_tap(struct __sk_buff *skb)
 		key[i] = qs_be64(raw->rest + i * 8 - 4);
 	key[QS_WORDS] = 0;
 
-	i = qs_bucket(word, key) & (len - 1) & (QS_TABLE_ENTRIES - 1);
+	i = qs_bucket(word, key) & config.mask & (QS_TABLE_ENTRIES - 1);
 	entry = bpf_map_lookup_elem(&tap_rss_map_indirection_table, &i);
-	return entry ? *entry : queue;
+	return entry ? *entry : config.queue;
 }

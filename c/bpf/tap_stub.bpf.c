@@ -14,26 +14,21 @@ QS_BODIES qsteer_bodies SEC(".maps");
 SEC("socket")
 int qsteer_tap(struct __sk_buff *skb)
 {
-	__u32 zero = 0, types, len, queue, i;
-	struct qs_rss_config *config;
+	struct qs_config config = {};
 	struct qs_rss_key *key;
+	__u32 zero = 0, i;
 	__u16 *table;
 
-	config = bpf_map_lookup_elem(&tap_rss_map_configurations, &zero);
+	if (!qs_config_get(&config))
+		return config.queue;
 	key = bpf_map_lookup_elem(&tap_rss_map_toeplitz_key, &zero);
 	table = bpf_map_lookup_elem(&tap_rss_map_indirection_table, &zero);
-	if (!config || !key || !table)
-		return 0;
-
-	queue = config->default_queue;
-	types = config->hash_types & QS_HASH_ALL;
-	len = config->indirections_len;
-	if (!config->redirect || !types || !qs_length_ok(len))
-		return queue;
+	if (!key || !table)
+		return config.queue;
 
 	((__u64 *)skb->cb)[0] = (__u64)key;
 	((__u64 *)skb->cb)[1] = (__u64)table;
-	skb->cb[4] = QS_CB_WORD(types, len - 1, queue);
+	skb->cb[4] = QS_CB_WORD(config.types, config.mask, config.queue);
 	bpf_tail_call(skb, &qsteer_bodies, QS_BODY_TAP);
 
 	/*
@@ -44,7 +39,7 @@ int qsteer_tap(struct __sk_buff *skb)
 	((__u64 *)skb->cb)[0] = 0;
 	((__u64 *)skb->cb)[1] = 0;
 	skb->cb[4] = 0;
-	i = skb->hash & (len - 1) & (QS_TABLE_ENTRIES - 1);
+	i = skb->hash & config.mask & (QS_TABLE_ENTRIES - 1);
 	table = bpf_map_lookup_elem(&tap_rss_map_indirection_table, &i);
-	return table ? *table : queue;
+	return table ? *table : config.queue;
 }

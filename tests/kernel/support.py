@@ -17,10 +17,18 @@ from pyroute2 import IPRoute, netns
 
 from qsteer import kernel
 from qsteer.errors import QsteerError
+from qsteer.model import Build
 
 VNET_HEADER = 10
 """Length of the virtio-net header before every frame that is read from a tap or written to it."""
 WAIT_S = 5.0
+
+BUILDS = tuple(
+    build
+    for build in Build
+    if build is not Build.SHARED_BODY or "bpf_cast_to_kern_ctx" in Path("/proc/kallsyms").read_text()
+)
+"""What this kernel can load, by what it has and not by trying: a build that fails to load is a failure."""
 
 _numbers = itertools.count(1)
 

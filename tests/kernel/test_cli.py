@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qsteer import kernel
+from qsteer import kernel, procs
 from tests.kernel import support
 from tests.kernel.support import qsteer
 
@@ -35,16 +35,16 @@ def document(*arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def dev(tap: support.TapUnderTest) -> Iterator[tuple[str, str]]:
+def dev(tap: support.TapUnderTest) -> Iterator[tuple[str, ...]]:
     """Selects this test's tap; its hold goes afterwards."""
-    yield ("--dev", tap.name)
+    yield ("--dev", tap.name, "--pid", str(os.getpid()))
     holds = Path("/run/qsteer/holds")
     for path in holds.glob("*") if holds.exists() else ():
         if json.loads(path.read_text())["pid"] == os.getpid():
             path.unlink()
 
 
-def test_from_nothing_to_steered_and_back(dev: tuple[str, str]) -> None:
+def test_from_nothing_to_steered_and_back(dev: tuple[str, ...]) -> None:
     (before,) = document("status", *dev)
     assert (before["program"], before["engine"], before["state"]) == (None, "automq", "not steered")
     assert before["queues"] == {"active": 4, "attached": 4}
@@ -73,7 +73,7 @@ def test_from_nothing_to_steered_and_back(dev: tuple[str, str]) -> None:
     assert not again["held"] and again["program"]["id"] == attached()
 
 
-def test_apply_again_changes_nothing(dev: tuple[str, str]) -> None:
+def test_apply_again_changes_nothing(dev: tuple[str, ...]) -> None:
     assert qsteer("apply", *dev).returncode == 0
     first = attached()
     done = qsteer("apply", *dev)
@@ -81,7 +81,7 @@ def test_apply_again_changes_nothing(dev: tuple[str, str]) -> None:
     assert attached() == first
 
 
-def test_the_attached_key_stays(dev: tuple[str, str]) -> None:
+def test_the_attached_key_stays(dev: tuple[str, ...]) -> None:
     qsteer("apply", *dev)
     (first,) = document("show", *dev)
     qsteer("apply", *dev, "--weight", "3,1")
@@ -90,18 +90,17 @@ def test_the_attached_key_stays(dev: tuple[str, str]) -> None:
     assert [second["rss"]["table"].count(queue) for queue in range(4)] == [96, 32, 0, 0]
 
 
-def test_what_show_prints_can_be_given_back(dev: tuple[str, str]) -> None:
+def test_what_show_prints_can_be_given_back(dev: tuple[str, ...]) -> None:
     qsteer("apply", *dev, "--types", "udp6", "--key", KEY, "--table", "3,1")
     text = qsteer("show", *dev).stdout
-    listing = text[text.index("RX flow hash") :]
     qsteer("apply", *dev, "--equal", "2", "--types", "tcp4", "--key", "random")
-    done = qsteer("apply", *dev, "--from", "-", stdin=listing)
+    done = qsteer("apply", *dev, "--from", "-", stdin=text)
     assert done.returncode == 0, done.stderr
     (shown,) = document("show", *dev)
     assert shown["rss"] == {"enabled": True, "types": ["udp6"], "key": KEY, "table": [3, 1], "unclassified_queue": 0}
 
 
-def test_a_dry_run_changes_nothing(dev: tuple[str, str]) -> None:
+def test_a_dry_run_changes_nothing(dev: tuple[str, ...]) -> None:
     done = qsteer("apply", *dev, "-n")
     assert done.returncode == 0 and "load a steering program" in done.stdout
     assert attached() == 0
@@ -111,7 +110,7 @@ def test_a_dry_run_changes_nothing(dev: tuple[str, str]) -> None:
     assert attached() == before
 
 
-def test_a_foreign_program_stays_unless_told(tap: support.TapUnderTest, dev: tuple[str, str]) -> None:
+def test_a_foreign_program_stays_unless_told(tap: support.TapUnderTest, dev: tuple[str, ...]) -> None:
     foreign = support.foreign_program(1)
     try:
         kernel.attach(tap.open.fds[0], foreign)
@@ -126,6 +125,8 @@ def test_a_foreign_program_stays_unless_told(tap: support.TapUnderTest, dev: tup
         done = qsteer("apply", *dev, "--replace")
         assert done.returncode == 0 and "lb_steer" in done.stdout
         assert attached() not in (0, id_before)
+        (again,) = document("apply", *dev)
+        assert (again["result"], again["dry_run"]) == ("unchanged", False)
     finally:
         os.close(foreign)
 
@@ -165,7 +166,13 @@ BAD = {
     "two tables": (("apply", "--dev", "qs-tap", "--equal", "2", "--weight", "1,1"), 2, "not allowed"),
     "unclassified": (("apply", "--dev", "qs-tap", "--unclassified-queue", "70000"), 2, "70000"),
     "no such file": (("apply", "--dev", "qs-tap", "--from", "/nowhere"), 1, "/nowhere"),
-    "nonsense on stdin": (("apply", "--dev", "qs-tap", "--from", "-"), 2, ""),
+    "nonsense on stdin": (("apply", "--dev", "qs-tap", "--from", "-"), 2, "line 1"),
+    "no file name": (("apply", "--dev", "qs-tap", "--from", ""), 1, "cannot read"),
+    "a directory": (("apply", "--dev", "qs-tap", "--from", "/"), 1, "cannot read"),
+    "a file and a table": (("apply", "--dev", "qs-tap", "--from", "-", "--equal", "2"), 2, "not allowed"),
+    "one name of two": (("apply", "--dev", "qs-tap", "--dev", "qs-nope"), 3, "qs-nope"),
+    "an abbreviation": (("apply", "--dev", "qs-tap", "--rep"), 2, "--rep"),
+    "JSON of a run": (("run", "-j", "--tap", "id=net0,queues=4", "--", "true"), 2, "dry run"),
     "static by the guest's maps": (("apply", "--dev", "qs-tap", "--source", "shared-maps", "--equal", "2"), 2, "guest"),
     "maps that are not there": (("apply", "--dev", "qs-tap", "--source", "shared-maps"), 5, "shared-maps"),
     "timeout": (("apply", "--dev", "qs-tap", "--timeout", "soon"), 2, "soon"),
@@ -174,7 +181,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD, ids=BAD)
-def test_bad_input_is_one_line_and_an_exit_code(dev: tuple[str, str], case: str) -> None:
+def test_bad_input_is_one_line_and_an_exit_code(dev: tuple[str, ...], case: str) -> None:
     arguments, code, words = BAD[case]
     done = qsteer(*arguments, stdin="\x1b[2J nonsense\n")
     assert done.returncode == code, done.stderr
@@ -192,7 +199,7 @@ def test_a_single_queue_has_nothing_to_steer(namespace: str) -> None:
         assert done.returncode == 5 and "single queue" in done.stderr
 
 
-def test_without_rights(dev: tuple[str, str], tmp_path: Path) -> None:
+def test_without_rights(dev: tuple[str, ...], tmp_path: Path) -> None:
     """As root without any capability: what is missing is named."""
     for verb in (("status",), ("apply", *dev)):
         bare = ("setpriv", "--securebits=+noroot", "--inh-caps=-all", "--ambient-caps=-all")
@@ -203,11 +210,84 @@ def test_without_rights(dev: tuple[str, str], tmp_path: Path) -> None:
         assert "CAP_BPF" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_output_that_nobody_reads(dev: tuple[str, str]) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(
-        [sys.executable, "-m", "qsteer", "status"], stdout=writer, stderr=subprocess.PIPE, check=False
-    )
-    os.close(writer)
+@pytest.mark.parametrize("end", ["closed pipe", "full device", "closed"])
+def test_output_that_goes_nowhere(dev: tuple[str, ...], end: str) -> None:
+    command = [sys.executable, "-m", "qsteer", "status"]
+    if end == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+        os.close(writer)
+    elif end == "full device":
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+        assert b"No space left" in done.stderr
+    else:
+        done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, check=False)
+    assert done.returncode in (0, 1)
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+
+
+def test_stdin_that_is_closed(dev: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "qsteer", "apply", *dev, "--from", "-"]
+    done = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("qsteer: cannot read")
+
+
+HOSTILE = """
+import ctypes, sys, time
+ctypes.CDLL(None).prctl(15, sys.argv[1].encode(), 0, 0, 0)  # PR_SET_NAME
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name", ["\x1cUid: 0 0 0", "\x1cUid:", ") R 1 (", "a\nUid: 0", "\x85Uid: 0 x", "\u2028"])
+def test_a_process_that_names_itself(tap: support.TapUnderTest, name: str) -> None:
+    """Another user's process chooses its name; what is read of it stays true, and nothing falls over."""
+    hostile = subprocess.Popen(
+        ["setpriv", "--reuid=65534", "--clear-groups", "--inh-caps=-all", "/usr/bin/python3", "-c", HOSTILE, name],
+        pass_fds=tap.open.fds,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert hostile.stdout and hostile.stdout.readline() == b"ready\n"
+        process = procs.read(hostile.pid)
+        assert process and process.uid == 65534
+        assert process.comm.encode() == name.encode()[:15] or "\ufffd" in process.comm
+        done = qsteer("status", "--pid", str(hostile.pid))
+        assert done.returncode == 0 and "qs-tap" in done.stdout
+    finally:
+        hostile.kill()
+        hostile.communicate()
+
+
+def test_a_launcher_that_keeps_the_queues_does_not_hide_the_vm(tap: support.TapUnderTest) -> None:
+    """The QEMU is found behind the lower pid of who started it, and its software steering with it."""
+    fds = ":".join(map(str, tap.open.fds))
+    argv = ["qemu-system-x86_64", "-name", "qs-launched", "-netdev", f"tap,id=n0,fds={fds}"]
+    argv += ["-device", "virtio-net-pci,netdev=n0,rss=on"]
+    # A stand-in with a QEMU's command line: python -c with the arguments behind it.
+    child = subprocess.Popen(
+        [argv[0], "-c", "import time; print('ready', flush=True); time.sleep(60)", *argv[1:]],
+        executable="/usr/bin/python3",
+        pass_fds=tap.open.fds,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert child.stdout and child.stdout.readline() == b"ready\n"
+        assert child.pid > os.getpid()
+        (seen,) = document("status", "--vm", "qs-launched")
+        assert (seen["tap"], seen["holder"]["pid"]) == ("qs-tap", child.pid)
+        done = qsteer("apply", "--vm", "qs-launched", "--equal", "2")
+        assert done.returncode == 5 and "software" in done.stderr
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_another_pid_namespace_is_refused(dev: tuple[str, ...]) -> None:
+    """The kernel tells the host's pids; a container's are others."""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-m", "qsteer", "status"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 5 and "pid namespace" in done.stderr

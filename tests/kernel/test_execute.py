@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """Every step of a plan fails in turn: what had been done is undone, and the tap is as it was."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -68,38 +69,72 @@ def test_off_that_cannot_detach_lifts_its_hold(steered: int, monkeypatch: pytest
     assert (seen().program_id, seen().hold) == (steered, False)
 
 
+def test_a_program_that_came_meanwhile_stays(tap: support.TapUnderTest) -> None:
+    """Between looking and changing somebody else attaches: it must not be displaced unseen."""
+    plan = plan_apply(seen(), STATIC)
+    foreign = support.foreign_program(1)
+    kernel.attach(tap.open.fds[0], foreign)
+    there = seen().program_id
+    with pytest.raises(BusyError, match="meanwhile"):
+        execute.execute(plan)
+    assert seen().program_id == there
+    os.close(foreign)
+
+
+def test_undo_leaves_what_came_after_it(
+    tap: support.TapUnderTest, steered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU attaches its program right after us: that is a conflict, and QEMU's program stays."""
+    foreign = support.foreign_program(1)
+    attach = kernel.attach
+
+    def overtaken(queue_fd: int, prog_fd: int) -> None:
+        attach(queue_fd, prog_fd)
+        attach(queue_fd, foreign)
+
+    plan = plan_apply(seen(), STATIC)
+    with monkeypatch.context() as patched:
+        patched.setattr(kernel, "attach", overtaken)
+        with pytest.raises(ConflictError, match="something else"):
+            execute.execute(plan)
+    assert seen().program_id == kernel.program_info_of(foreign).id
+    os.close(foreign)
+
+
+def test_a_holder_that_went_away(tap: support.TapUnderTest) -> None:
+    gone = dataclasses.replace(seen(), holder=None)
+    with pytest.raises(BusyError):
+        execute.execute(plan_off(gone))
+
+
 def test_a_result_that_the_kernel_does_not_confirm(
     tap: support.TapUnderTest, steered: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Something else takes the program off at once: that is said, and what was before is put back."""
+    """Something takes the program off at once: that is said, and left as it is."""
+    attach = kernel.attach
 
     def undone(queue_fd: int, prog_fd: int) -> None:
+        attach(queue_fd, prog_fd)
         kernel.detach(queue_fd)
 
     plan = plan_apply(seen(), STATIC)
-    before = kernel.attach
-    calls = []
-
-    def once(queue_fd: int, prog_fd: int) -> None:
-        calls.append(prog_fd)
-        (undone if len(calls) == 1 else before)(queue_fd, prog_fd)
-
     with monkeypatch.context() as patched:
-        patched.setattr(kernel, "attach", once)
+        patched.setattr(kernel, "attach", undone)
         with pytest.raises(ConflictError, match="something else"):
             execute.execute(plan)
-    assert seen().program_id == steered
+    assert seen().program_id == 0
 
 
 def test_no_program_is_left_behind(steered: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a failed apply loaded is gone, and no fd of this process holds a program."""
+    """What a failed apply loaded is gone, and no fd of this process holds it."""
     plan = plan_apply(seen(), STATIC)
+    before = procs.held_programs(os.getpid())
     with monkeypatch.context() as patched:
         patched.setattr(kernel, "attach", fail)
         with pytest.raises(QsteerError):
             execute.execute(plan)
     execute.execute(plan)
-    assert procs.held_programs(os.getpid()) == {}
+    assert procs.held_programs(os.getpid()) == before
 
 
 def test_a_tap_that_went_away(tap: support.TapUnderTest) -> None:

@@ -139,8 +139,8 @@ BAD = {
     "no table": (f"RSS hash key:\n{KEY_TEXT}\n", "there is no indirection table in the text"),
     "another tool's": ("driver: virtio_net\n", "line 1: 'driver: virtio_net' is not what ethtool prints here"),
     "prompt": (
-        f"# ethtool -x eth0\n{ETHTOOL_6_1}",
-        "line 1: '# ethtool -x eth0' is not what ethtool prints here",
+        f"$ ethtool -x eth0\n{ETHTOOL_6_1}",
+        "line 1: '$ ethtool -x eth0' is not what ethtool prints here",
     ),
     "device without a table": (
         "RX flow hash indirection table for eth0 with 1 RX ring(s):\nOperation not supported\n",

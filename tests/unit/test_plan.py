@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """Every decision of apply and off, without a kernel."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,19 @@ from qsteer.model import (
     Source,
     Tap,
 )
-from qsteer.plan import Attach, AttachHeld, Detach, PutHold, RemoveHold, Static, Wanted, plan_apply, plan_off, state
+from qsteer.plan import (
+    Attach,
+    AttachHeld,
+    Detach,
+    PutHold,
+    RefillBody,
+    RemoveHold,
+    Static,
+    Wanted,
+    plan_apply,
+    plan_off,
+    state,
+)
 from qsteer.rss import BASE_TYPES, HashType, RssConfig
 from qsteer.selection import Selection, select
 
@@ -52,6 +65,7 @@ def program(kind: Kind, *, id: int = 7, source: Source = Source.STATIC, displace
         key_id=maps[1],
         table_id=maps[2],
         bodies_id=0,
+        verified_instructions=0,
         ident=ident,
     )
 
@@ -157,11 +171,12 @@ def test_no_hash_type_at_all_can_be_asked_for() -> None:
 
 def test_a_table_beyond_the_queues_is_reported() -> None:
     made = plan_apply(tap(), Wanted(static=Static(table=(0, 7))))
-    assert any("queue 7, there are 4" in note for note in made.notes)
+    assert any("queue 7, the tap has 0 to 3" in note for note in made.notes)
+    made = plan_apply(tap(), Wanted(static=Static(unclassified_queue=9)))
+    assert any("unclassified queue 9" in note for note in made.notes)
 
 
-@pytest.mark.parametrize("attached", [QEMUS, FOREIGN])
-@pytest.mark.parametrize("wanted", [Wanted(), STATIC])
+@pytest.mark.parametrize(("attached", "wanted"), [(QEMUS, STATIC), (FOREIGN, Wanted()), (FOREIGN, STATIC)])
 def test_what_is_not_ours_stays(attached: ProgramInfo, wanted: Wanted) -> None:
     with pytest.raises(ConflictError, match=f"program {attached.id}") as caught:
         plan_apply(tap(program=attached), wanted)
@@ -201,7 +216,8 @@ def test_off_puts_back_what_was_displaced() -> None:
 
 def test_off_of_nothing_holds() -> None:
     assert plan_off(tap()).steps == (PutHold(),)
-    assert plan_off(tap(hold=True)).steps == ()
+    again = plan_off(tap(hold=True))
+    assert (again.steps, again.result) == ((), "unchanged")
 
 
 def test_off_says_that_qemu_may_attach_it_again() -> None:
@@ -210,10 +226,50 @@ def test_off_says_that_qemu_may_attach_it_again() -> None:
     assert "may attach it again" in made.notes[-1]
 
 
+def test_qemus_own_program_is_as_good_as_ours() -> None:
+    made = plan_apply(tap(program=QEMUS, nic=RSS_NIC, held=held(QEMUS)), Wanted())
+    assert (made.result, made.steps, made.source) == ("unchanged", (), Source.QEMU_MAPS)
+    waiting = plan_apply(tap(nic=RSS_NIC, held=held(QEMUS)), Wanted())
+    assert (waiting.result, waiting.steps, waiting.source) == ("ready", (), Source.QEMU_MAPS)
+
+
 def test_apply_puts_back_what_qemu_was_given() -> None:
     made = plan_apply(tap(nic=RSS_NIC, held=held(OWN_SHARED), hold=True), Wanted())
     assert made.steps == (AttachHeld(program_id=OWN_SHARED.id, fd=20), RemoveHold())
     assert made.source is Source.SHARED_MAPS
+
+
+def test_the_table_of_before_a_reset_comes_back_only_on_request() -> None:
+    """QEMU takes its program off when the guest is reset, and the maps keep the old table."""
+    reset = tap(nic=RSS_NIC, held=held(OWN_SHARED))
+    assert (plan_apply(reset, Wanted()).steps, plan_apply(reset, Wanted()).result) == ((), "ready")
+    asked = plan_apply(reset, Wanted(source=Source.SHARED_MAPS))
+    assert asked.steps == (AttachHeld(program_id=OWN_SHARED.id, fd=20),)
+
+
+def test_from_static_back_to_a_guest_that_has_not_asked() -> None:
+    waiting = tap(nic=RSS_NIC, program=OWN_STATIC, held=held(OWN_SHARED, enabled=False))
+    for wanted in (Wanted(), Wanted(source=Source.SHARED_MAPS)):
+        made = plan_apply(waiting, wanted)
+        assert (made.steps, made.result, made.source) == ((Detach(),), "ready", Source.SHARED_MAPS)
+    foreign = tap(nic=RSS_NIC, program=FOREIGN, held=held(OWN_SHARED, enabled=False))
+    assert plan_apply(foreign, Wanted(replace=True)).steps == (Detach(),)
+    assert "in place of program 10" in plan_apply(foreign, Wanted(replace=True)).notes[0]
+
+
+def test_a_body_that_is_gone_is_mended() -> None:
+    (step,) = plan_apply(tap(program=OWN_STATIC, body_present=False), Wanted()).steps
+    assert isinstance(step, Attach) and step.config == CONFIG
+    broken = tap(program=OWN_SHARED, held=held(OWN_SHARED), body_present=False)
+    made = plan_apply(broken, Wanted())
+    assert (made.steps, made.result, made.program_id) == ((RefillBody(),), "mended", OWN_SHARED.id)
+
+
+def test_a_body_of_another_version_cannot_be_mended() -> None:
+    assert OWN_SHARED.ident
+    old = replace(OWN_SHARED, ident=replace(OWN_SHARED.ident, outdated=True))
+    with pytest.raises(UnsupportedError, match="another version"):
+        plan_apply(tap(program=old, held=held(old), body_present=False), Wanted())
 
 
 def test_apply_waits_for_the_guest() -> None:
@@ -267,7 +323,8 @@ def test_shared_maps_that_are_not_there() -> None:
         (tap(program_id=3), "steered, no right to see by whom"),
         (tap(nic=RSS_NIC), "guest is offered RSS, QEMU steers in software"),
         (tap(nic=RSS_VHOST_NIC), "guest is offered RSS, not steered"),
-        (tap(nic=RSS_NIC, held=held(OWN_SHARED)), "guest asks for RSS, not steered"),
+        (tap(nic=RSS_NIC, held=held(OWN_SHARED)), "ready, the guest has not asked for RSS"),
+        (tap(nic=RSS_NIC, held=held(QEMUS)), "ready, the guest has not asked for RSS"),
         (tap(nic=RSS_NIC, held=held(OWN_SHARED, enabled=False)), "ready, the guest has not asked for RSS"),
     ],
 )
@@ -291,9 +348,25 @@ def test_selectors() -> None:
     assert select(taps, Selection(every=True)) == (web, db)
     assert select(taps, Selection(pids=(300,))) == (vpn,)
     assert select(taps, Selection(taps=("vnet1",), vms=("db1",))) == (db,)
-    for nobody in (Selection(vms=("db1",), taps=("vnet0",)), Selection(pids=(1,)), Selection(taps=("eth0",))):
+    for nobody in (
+        Selection(vms=("db1",), taps=("vnet0",)),
+        Selection(pids=(1,)),
+        Selection(taps=("eth0",)),
+        Selection(taps=("vnet0", "eth0")),
+        Selection(vms=("web1", "web2")),
+        Selection(pids=(300, 301)),
+    ):
         with pytest.raises(NotFoundError):
             select(taps, nobody)
+    alone = tap(name="vnet2", active=1)
+    assert select((*taps, alone), Selection(every=True)) == (web, db)
+
+
+def test_a_tap_name_of_two_namespaces_is_refused() -> None:
+    there = tap(netns=2, holder=process(200, "db1"), queues=(queue(200),))
+    with pytest.raises(UsageError, match="pid 100"):
+        select((tap(), there), Selection(taps=("vnet0",)))
+    assert select((tap(), there), Selection(taps=("vnet0",), pids=(200,))) == (there,)
 
 
 def test_a_name_of_two_vms_is_refused_with_the_candidates() -> None:

