@@ -6,7 +6,6 @@ PYTHON ?= $(or $(wildcard /usr/bin/python3),python3)
 PREFIX ?= /usr/local
 DESTDIR ?=
 PYTEST_ARGS ?=
-DEMO_ARGS ?=
 
 # The Debian packages that building, the tests and the demo need.
 PACKAGES := \
@@ -44,10 +43,11 @@ help: ## list the targets
 	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 	echo
 	echo "Variables: PYTHON ($(PYTHON)), PREFIX ($(PREFIX)), DESTDIR; PYTEST_ARGS for test; QSTEER_STRICT=1 makes a"
-	echo "skipped test a failed one; YES=1 lets the demo and the tests fetch what the distribution lacks without asking."
+	echo "skipped test a failed one; YES=1 lets the demo and the tests fetch what the distribution lacks without asking;"
+	echo "QSTEER_ACCEL=kvm makes their guests faster where KVM works (tcg)."
 
 demo: build ## boot a guest and check that every flow lands on the queue the guest asked for
-	$(call as_root,$(VENV)/bin/python -m integration.demo $(DEMO_ARGS))
+	$(call as_root,$(VENV)/bin/python -m integration.demo)
 
 test: build ## run all tests (needs root, directly or through sudo)
 	$(call as_root,$(VENV)/bin/python -m pytest $(PYTEST_ARGS))

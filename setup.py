@@ -14,6 +14,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -74,12 +75,20 @@ class BuildCompiled(build_ext):  # type: ignore[misc]
         super().run()
 
 
+class BuildAfresh(build):  # type: ignore[misc]
+    """A module or an object that is gone from the sources must not be packaged out of an earlier build."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib, "qsteer"), ignore_errors=True)
+        super().run()
+
+
 # Before setup(), so that the one line is not lost in the tale of what setuptools did until then.
 if COMPILING & set(sys.argv) and (missing := missing_tools()):
     sys.exit(f"error: qsteer cannot be built without {', '.join(missing)}")
 
 setup(
     cffi_modules=["qsteer/shim_build.py:ffi"],
-    cmdclass={"build_ext": BuildCompiled},
+    cmdclass={"build": BuildAfresh, "build_ext": BuildCompiled},
     options={"build": {"build_base": "build/setuptools"}},
 )

@@ -200,6 +200,29 @@ def test_nothing_is_read_on_a_udp_socket() -> None:
 
 
 @pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kind", [socket.SOCK_RAW, socket.SOCK_DGRAM], ids=["raw", "dgram"])
+def test_on_a_packet_socket(namespace: str, build: Build, kind: int) -> None:
+    """The reference's answer, whether the socket's data starts at the MAC header or at the IP header."""
+    config = RssConfig(types=packets.ALL_TYPES, key=EVERYTHING.key, table=tuple(range(100, 228)), unclassified_queue=99)
+    everything = 3  # ETH_P_ALL
+    support.add_veth("qs-veth", "qs-peer")
+    support.links_up("qs-veth", "qs-peer")
+    with (
+        loaded(build, config) as program,
+        support.sender("qs-veth") as sock,
+        socket.socket(socket.AF_PACKET, kind, socket.htons(everything)) as theirs,
+    ):
+        theirs.bind(("qs-peer", everything))
+        theirs.settimeout(support.WAIT_S)
+        theirs.setsockopt(socket.SOL_SOCKET, SO_ATTACH_BPF, program.prog_fd)
+        for packet in flows():
+            longer = packet.ljust(300, b"\0")
+            sock.send(longer)
+            # What the filter returns is how many bytes are kept.
+            assert len(theirs.recv(2000)) == queue_of(longer, config)
+
+
+@pytest.mark.parametrize("build", BUILDS)
 def test_hostile_maps(tap: support.TapUnderTest, build: Build) -> None:
     """Whatever QEMU writes into the maps, packets go somewhere, and to the unclassified queue if it makes no sense."""
     packet = flows()[0]
