@@ -263,7 +263,7 @@ def _rehearse(plan: RunPlan, identity: Identity | None, bridges: Mapping[str, "L
     handles: list[NicHandles] = []
     for nic in plan.nics:
         spec = nic.spec
-        tap = f"tap {spec.ifname}" if spec.ifname else f"a tap for {spec.id}"
+        tap = f"tap {spec.ifname}" if spec.ifname else f"the tap of {spec.id}"
         vm = plan.vm or plan.nics[0].spec.ifname
         mac = nic.mac or (runplan.stable_mac(vm, spec.id, _machine_id()) if vm else "52:xx:xx:xx:xx:xx")
         steps.append(f"open {tap} with {spec.queues} queue{'s' * (spec.queues > 1)}")

@@ -745,8 +745,8 @@ def test_dry_run(host: Host) -> None:
         "open tap t0 with 2 queues",
         "add tap t0 to bridge br0, MTU 1400, and set it up",
         "load a steering program for tap t0",
-        "open a tap for net1 with 1 queue",
-        "set a tap for net1 up",
+        "open the tap of net1 with 1 queue",
+        "set the tap of net1 up",
         "become this user (uid 1000), without capabilities, and run:",
     ]
     assert note == "net1: one queue, nothing to steer"
