@@ -197,7 +197,8 @@ def _apply_static(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) 
     attached = tap.program
     own = attached if attached and attached.kind is Kind.QSTEER else None
     _refuse_software(tap, wanted)
-    current = tap.content.config if own and tap.content else None
+    # What is attached stays, but for what is given: the guest's own table in QEMU's program, too.
+    current = tap.content.config if tap.content else None
     base = current or RssConfig(types=BASE_TYPES, key=random_key(KEY_BYTES), table=tuple(range(TABLE_MAX)))
     config = _merged(base, wanted.static)
     is_static = own and own.ident and own.ident.source is Source.STATIC

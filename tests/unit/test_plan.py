@@ -194,6 +194,7 @@ def test_replace_remembers_what_qemu_had() -> None:
     taken = tap(program=QEMUS, nic=RSS_NIC, held=held(QEMUS))
     (step,) = plan_apply(taken, Wanted(source=Source.STATIC, replace=True)).steps
     assert isinstance(step, Attach) and step.displaced == QEMUS.id
+    assert step.config == CONFIG, "the guest's own configuration stays where none is given"
     (step,) = plan_apply(tap(program=FOREIGN), Wanted(source=Source.STATIC, replace=True)).steps
     assert isinstance(step, Attach) and step.displaced == 0
 
