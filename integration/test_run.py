@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from integration.provision import Provisioned
-from qsteer import kernel, procs, qmp
+from qsteer import kernel, procs, programs, qmp
 from qsteer.model import OpenQueue, Source
 from tests.kernel import support
 
@@ -100,7 +100,7 @@ def test_what_qemu_gets(files: Provisioned, user: str) -> None:
         assert {queue.pid for queue in queues} == {qemu.process.pid}
         assert len(queues) == 4 and queues[0].active + queues[0].disabled == 4
         (program,) = procs.held_programs(qemu.process.pid)
-        info = kernel.program_info(program)
+        info = programs.program_info(program)
         assert info.ident and info.ident.tap == TAP and info.ident.source is Source.SHARED_MAPS
 
         assert qemu.qmp("query-name") == {"name": "idle"}
@@ -172,7 +172,7 @@ def test_qemus_death_leaves_nothing(files: Provisioned, user: str) -> None:
 STEPS = {
     "the first tap is open": "kernel.open_tap",
     "the link is set up": "run._set_up_link",
-    "the program is loaded": "kernel.load_program",
+    "the program is loaded": "programs.load_program",
     "QEMU's command line is made": "runplan.qemu_argv",
     "the user is changed": "run._become",
 }
@@ -185,7 +185,7 @@ def test_death_at_each_step_leaves_nothing(files: Provisioned, user: str, step: 
     before = support.loaded_programs()
     patch = f"""
 import os, sys
-from qsteer import kernel, qmp, run, runplan
+from qsteer import kernel, programs, qmp, run, runplan
 from qsteer.__main__ import main
 from qsteer.errors import QsteerError
 probe = qmp.probe

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from qsteer import holds, kernel
+from qsteer import holds, kernel, programs
 from qsteer.errors import BusyError, ConflictError, QsteerError, from_errno
 from qsteer.model import Process, Source, Tap
 from qsteer.plan import Attach, AttachHeld, Detach, Plan, PutHold, RefillBody, RemoveHold, Step
@@ -92,7 +92,7 @@ def _program_before(tap: Tap) -> Iterator[int | None]:
     if not tap.program_id:
         yield None
         return
-    with kernel.program_by_id(tap.program_id) as prog_fd:
+    with programs.program_by_id(tap.program_id) as prog_fd:
         yield prog_fd
 
 
@@ -111,7 +111,7 @@ class _Change:
         tap = self._tap
         match step:
             case Attach():
-                program = kernel.load_program(
+                program = programs.load_program(
                     tap=tap.name, source=Source.STATIC, config=step.config, displaced=step.displaced
                 )
                 try:
@@ -120,12 +120,12 @@ class _Change:
                     program.close()
             case AttachHeld():
                 with kernel.fd_of_process(self._holder().pid, step.fd) as prog_fd:
-                    if kernel.program_info_of(prog_fd).id != step.program_id:
+                    if programs.program_info_of(prog_fd).id != step.program_id:
                         raise BusyError(f"QEMU does not hold program {step.program_id} any more", hint="try again")
                     self._attach(prog_fd, step.program_id)
             case RefillBody():
                 assert tap.program
-                kernel.refill_bodies(tap.program)
+                programs.refill_bodies(tap.program)
             case Detach():
                 kernel.detach(self._fd)
                 self._changed_to(0)

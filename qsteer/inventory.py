@@ -4,7 +4,7 @@
 import itertools
 from collections.abc import Mapping
 
-from qsteer import holds, kernel, procs, qemuargs
+from qsteer import holds, kernel, procs, programs, qemuargs
 from qsteer.errors import QsteerError
 from qsteer.model import Held, Kind, MapsContent, Nic, OpenQueue, Process, ProgramInfo, Tap
 
@@ -44,7 +44,7 @@ def _held(pid: int) -> tuple[Held, ...]:
 def _program(program_id: int) -> ProgramInfo | None:
     """None where the program is gone again, or may not be looked at."""
     try:
-        return kernel.program_info(program_id)
+        return programs.program_info(program_id)
     except QsteerError:
         return None
 
@@ -53,7 +53,7 @@ def _content(info: ProgramInfo) -> MapsContent | None:
     if not info.has_maps:
         return None
     try:
-        return kernel.read_maps(info)
+        return programs.read_maps(info)
     except QsteerError:
         return None
 
@@ -63,7 +63,7 @@ def _body_present(program: ProgramInfo | None) -> bool:
     if not program or program.kind is not Kind.QSTEER:
         return True
     try:
-        return kernel.body_present(program)
+        return programs.body_present(program)
     except QsteerError:
         return True
 

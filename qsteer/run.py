@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qsteer import kernel, procs, qemuargs, qmp, runplan
+from qsteer import kernel, procs, programs, qemuargs, qmp, runplan, shim
 from qsteer.errors import PermissionDeniedError, QsteerError, UsageError, from_errno
 from qsteer.model import Source
 from qsteer.render import columns
@@ -169,8 +169,8 @@ def _set_up_link(tap: str, spec: TapSpec, mac: str, bridges: Mapping[str, "Link"
         links.configure(tap, mtu=spec.mtu)
 
 
-def _load_program(tap: str, stack: contextlib.ExitStack) -> kernel.Program:
-    program = kernel.load_program(tap=tap, source=Source.SHARED_MAPS)
+def _load_program(tap: str, stack: contextlib.ExitStack) -> programs.Program:
+    program = programs.load_program(tap=tap, source=Source.SHARED_MAPS)
     stack.callback(program.close)
     return program
 
@@ -227,7 +227,7 @@ def _become(identity: Identity | None) -> None:
         os.setresuid(identity.uid, identity.uid, identity.uid)
     # To leave uid 0 empties all sets but the inheritable one.
     if os.geteuid() != 0:
-        kernel.drop_capabilities()
+        shim.drop_capabilities()
 
 
 def _environment(identity: Identity | None) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pyroute2 import IPRoute, netns
 
-from qsteer import kernel
+from qsteer import kernel, programs
 from qsteer.errors import QsteerError
 from qsteer.model import Build
 
@@ -101,7 +101,7 @@ class TapUnderTest:
     def close(self) -> None:
         self.open.close()
 
-    def attach(self, program: kernel.Program) -> None:
+    def attach(self, program: programs.Program) -> None:
         kernel.attach(self.open.fds[0], program.prog_fd)
 
     def drain(self) -> None:
@@ -162,7 +162,7 @@ def loaded_programs(name: str = "qsteer_tap") -> set[int]:
     while libbpf.bpf_prog_get_next_id(number, ctypes.byref(number)) == 0:
         # One may be unloaded between the two calls.
         with contextlib.suppress(QsteerError):
-            if kernel.program_info(number.value).name == name:
+            if programs.program_info(number.value).name == name:
                 found.add(number.value)
     return found
 

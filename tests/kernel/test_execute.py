@@ -4,10 +4,11 @@
 import dataclasses
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 
-from qsteer import execute, holds, inventory, kernel, procs
+from qsteer import execute, holds, inventory, kernel, procs, programs
 from qsteer.errors import BusyError, ConflictError, QsteerError
 from qsteer.model import Source, Tap
 from qsteer.plan import Static, Wanted, plan_apply, plan_off
@@ -40,10 +41,12 @@ def fail(*_: object, **__: object) -> None:
 STATIC = Wanted(source=Source.STATIC, static=Static(table=(0, 1)))
 
 
-@pytest.mark.parametrize("broken", ["load_program", "attach"])
-def test_apply_that_fails_leaves_what_was(steered: int, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("module", "broken"), [(programs, "load_program"), (kernel, "attach")])
+def test_apply_that_fails_leaves_what_was(
+    steered: int, module: ModuleType, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = plan_apply(seen(), STATIC)
-    monkeypatch.setattr(kernel, broken, fail)
+    monkeypatch.setattr(module, broken, fail)
     with pytest.raises(QsteerError, match="made to fail"):
         execute.execute(plan)
     monkeypatch.undo()
@@ -97,7 +100,7 @@ def test_undo_leaves_what_came_after_it(
         patched.setattr(kernel, "attach", overtaken)
         with pytest.raises(ConflictError, match="something else"):
             execute.execute(plan)
-    assert seen().program_id == kernel.program_info_of(foreign).id
+    assert seen().program_id == programs.program_info_of(foreign).id
     os.close(foreign)
 
 

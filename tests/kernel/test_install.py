@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qsteer import kernel
+from qsteer import kernel, programs
 from qsteer.model import Source
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +159,7 @@ def test_uninstall_takes_exactly_that_and_leaves_taps_steered(prefix: Path) -> N
     neighbour.touch()
     tap = kernel.open_tap("qsuninstall", 2)
     try:
-        program = kernel.load_program(tap=tap.name, source=Source.SHARED_MAPS)
+        program = programs.load_program(tap=tap.name, source=Source.SHARED_MAPS)
         kernel.attach(tap.fds[0], program.prog_fd)
         program.close()
 
@@ -171,7 +171,7 @@ def test_uninstall_takes_exactly_that_and_leaves_taps_steered(prefix: Path) -> N
 
         attached = {queue.program_id for queue in kernel.open_queues() if queue.tap == tap.name}
         assert attached == {program.id}
-        assert kernel.body_present(kernel.program_info(program.id))
+        assert programs.body_present(programs.program_info(program.id))
     finally:
         tap.close()
 

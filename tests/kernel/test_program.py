@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from qsteer import kernel
+from qsteer import kernel, programs, shim
 from qsteer.errors import QsteerError
-from qsteer.kernel import Program
 from qsteer.model import Build, Kind, Source
+from qsteer.programs import Program
 from qsteer.reference import classify, queue_of
 from qsteer.rss import RssConfig
 from tests import packets
@@ -31,7 +31,7 @@ EVERYTHING = RssConfig(
 
 @contextlib.contextmanager
 def loaded(build: Build, config: RssConfig) -> Iterator[Program]:
-    program = kernel.load_program(tap="qs-tap", source=Source.STATIC, config=config, build=build)
+    program = programs.load_program(tap="qs-tap", source=Source.STATIC, config=config, build=build)
     try:
         yield program
     finally:
@@ -43,7 +43,7 @@ def loaded(build: Build, config: RssConfig) -> Iterator[Program]:
 def test_golden_packets(build: Build, name: str, packet: bytes) -> None:
     with loaded(build, EVERYTHING) as program:
         try:
-            answer = kernel.run_program(program.prog_fd, packet)
+            answer = programs.run_program(program.prog_fd, packet)
         except QsteerError:
             # BPF_PROG_TEST_RUN refuses what is shorter than its IP header; a real tap takes it (below).
             assert len(packet) < 14 + 40
@@ -59,10 +59,10 @@ def test_random_packets() -> None:
     for seed in range(100):
         config = packets.random_config(rng)
         with contextlib.ExitStack() as stack:
-            programs = [stack.enter_context(loaded(build, config)) for build in BUILDS]
+            built = [stack.enter_context(loaded(build, config)) for build in BUILDS]
             for packet in packets.random_packets(seed, 1050):
                 try:
-                    answers = [kernel.run_program(program.prog_fd, packet) for program in programs]
+                    answers = [programs.run_program(program.prog_fd, packet) for program in built]
                 except QsteerError:
                     refused += 1
                     continue
@@ -236,9 +236,9 @@ def test_hostile_maps(tap: support.TapUnderTest, build: Build) -> None:
             (128, 511, 0),
         ):
             write_config(program, redirect=redirect, types=types, length=length, unclassified=65535)
-            assert kernel.run_program(program.prog_fd, packet).queue == 65535
+            assert programs.run_program(program.prog_fd, packet).queue == 65535
         write_config(program, redirect=255, types=0xFFFFFFFF, length=128, unclassified=0)
-        assert kernel.run_program(program.prog_fd, packet).queue == queue_of(packet, EVERYTHING)
+        assert programs.run_program(program.prog_fd, packet).queue == queue_of(packet, EVERYTHING)
 
 
 def write_config(program: Program, *, redirect: int, types: int, length: int, unclassified: int) -> None:
@@ -274,10 +274,10 @@ def test_two_taps_with_one_ifindex(need_root: None, build: Build) -> None:
 
 def test_what_is_loaded_says_who_it_is() -> None:
     with loaded(Build.COMPLETE, EVERYTHING) as program:
-        info = kernel.program_info(program.id)
+        info = programs.program_info(program.id)
         assert info.kind is Kind.QSTEER
         assert info.ident and info.ident.tap == "qs-tap" and info.ident.build is Build.COMPLETE
-        assert kernel.read_maps(info).config == EVERYTHING
+        assert programs.read_maps(info).config == EVERYTHING
 
 
 @pytest.mark.shared_body
@@ -286,24 +286,24 @@ def test_the_body_is_gone(tap: support.TapUnderTest) -> None:
     from qsteer._shim import ffi, lib
 
     empty = ffi.new("int *")
-    body = str(kernel.OBJECTS / "tap_body.bpf.o").encode()
+    body = str(shim.OBJECTS / "tap_body.bpf.o").encode()
     assert lib.qs_bodies_create(body, empty) == 0
-    program = kernel._load(Build.SHARED_BODY, "qs-tap", Source.STATIC, 0, empty[0])
-    kernel._write_config(program, EVERYTHING)
+    program = programs._load(Build.SHARED_BODY, "qs-tap", Source.STATIC, 0, empty[0])
+    programs._write_config(program, EVERYTHING)
     try:
-        info = kernel.program_info(program.id)
-        assert kernel.body_present(info)
-        assert kernel.run_program(program.prog_fd, flows()[0]).queue == queue_of(flows()[0], EVERYTHING)
+        info = programs.program_info(program.id)
+        assert programs.body_present(info)
+        assert programs.run_program(program.prog_fd, flows()[0]).queue == queue_of(flows()[0], EVERYTHING)
         os.close(empty[0])  # the last hold on the prog_array: the kernel empties it
-        assert not kernel.body_present(info)
-        answer = kernel.run_program(program.prog_fd, flows()[0])
+        assert not programs.body_present(info)
+        answer = programs.run_program(program.prog_fd, flows()[0])
         assert answer.queue < 128 and not answer.cb_left
         tap.attach(program)
         assert "broken" in support.qsteer("status", "--pid", str(os.getpid())).stdout
-        kernel.refill_bodies(info)
-        assert kernel.body_present(info)
-        assert kernel.run_program(program.prog_fd, flows()[0]).queue == queue_of(flows()[0], EVERYTHING)
-        kernel.bodies_pin().with_name(f"bodies-of-map-{info.bodies_id}").unlink()
+        programs.refill_bodies(info)
+        assert programs.body_present(info)
+        assert programs.run_program(program.prog_fd, flows()[0]).queue == queue_of(flows()[0], EVERYTHING)
+        programs.bodies_pin().with_name(f"bodies-of-map-{info.bodies_id}").unlink()
         assert "broken" in support.qsteer("status", "--pid", str(os.getpid())).stdout
         done = support.qsteer("apply", "--pid", str(os.getpid()))
         assert done.returncode == 0 and "replaced" in done.stdout, done.stderr
@@ -317,8 +317,8 @@ def test_the_verifier_has_room(need_root: None) -> None:
     with contextlib.ExitStack() as stack:
         for build in BUILDS:
             program = stack.enter_context(loaded(build, EVERYTHING))
-            assert kernel.program_info(program.id).verified_instructions < 200_000
+            assert programs.program_info(program.id).verified_instructions < 200_000
     if Build.SHARED_BODY in BUILDS:
-        bodies = kernel._shared_bodies()
-        assert kernel.program_info(kernel.body_in(bodies)).verified_instructions < 200_000
+        bodies = programs._shared_bodies()
+        assert programs.program_info(programs.body_in(bodies)).verified_instructions < 200_000
         os.close(bodies)

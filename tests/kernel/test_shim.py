@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from qsteer import kernel
+from qsteer import kernel, shim
 from qsteer.errors import NotFoundError, QsteerError
 from tests.kernel import support
 
@@ -93,10 +93,10 @@ def test_more_queues_than_a_tap_can_have(namespace: str) -> None:
 
 
 def test_capabilities_are_given_up() -> None:
-    text = "from qsteer import kernel; kernel.drop_capabilities(); print(kernel.effective_capabilities())"
+    text = "from qsteer import shim; shim.drop_capabilities(); print(shim.effective_capabilities())"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"
-    assert kernel.effective_capabilities() != 0
+    assert shim.effective_capabilities() != 0
 
 
 def test_a_queue_seen_once_for_each_process(tap: support.TapUnderTest) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qsteer import kernel, links, procs, qemuargs, qmp, run, runplan
+from qsteer import kernel, links, procs, programs, qemuargs, qmp, run, runplan, shim
 from qsteer.errors import (
     NotFoundError,
     PermissionDeniedError,
@@ -506,10 +506,10 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
         state.calls.append(("open_tap", name, queues))
         return kernel.OpenTap(name=name or "tap7", fds=state.take(queues))
 
-    def load_program(*, tap: str, source: Source) -> kernel.Program:
+    def load_program(*, tap: str, source: Source) -> programs.Program:
         state.calls.append(("load_program", tap, source))
         program, config, key, table = state.take(4)
-        return kernel.Program(
+        return programs.Program(
             id=33, build=Build.COMPLETE, prog_fd=program, config_fd=config, key_fd=key, table_fd=table
         )
 
@@ -535,8 +535,8 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     binary.touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(kernel, "open_tap", open_tap)
-    monkeypatch.setattr(kernel, "load_program", load_program)
-    monkeypatch.setattr(kernel, "drop_capabilities", lambda: state.calls.append(("drop_capabilities",)))
+    monkeypatch.setattr(programs, "load_program", load_program)
+    monkeypatch.setattr(shim, "drop_capabilities", lambda: state.calls.append(("drop_capabilities",)))
     monkeypatch.setattr(links, "configure", configure)
     monkeypatch.setattr(links, "find", find)
     monkeypatch.setattr(qmp, "probe", lambda *_, **__: QEMU_10_0)
@@ -722,12 +722,12 @@ def test_a_failing_step_leaves_no_fd(host: Host, monkeypatch: pytest.MonkeyPatch
         case "configure":
             monkeypatch.setattr(links, "configure", fail)
         case "load_program":
-            monkeypatch.setattr(kernel, "load_program", fail)
+            monkeypatch.setattr(programs, "load_program", fail)
         case "vhost":
             monkeypatch.setattr(run, "VHOST_NET", tmp_path)  # not to be opened for writing
             monkeypatch.setattr(run, "_has_vhost", lambda: True)
         case "become":
-            monkeypatch.setattr(kernel, "drop_capabilities", fail)
+            monkeypatch.setattr(shim, "drop_capabilities", fail)
         case "exec":
             monkeypatch.setattr(os, "execve", fail_by_errno)
     with pytest.raises(QsteerError):
