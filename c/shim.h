@@ -30,6 +30,9 @@ int qs_steering_detach(int fd);
 
 /* Processes and privileges */
 
+/* Inode number of the host's pid namespace (include/linux/proc_ns.h: PROC_PID_INIT_INO). */
+#define QS_HOST_PID_NAMESPACE 0xEFFFFFFCU
+
 int qs_pidfd_getfd(int pidfd, int target, int *fd);
 /* Send count fds and one byte over a unix socket; count is at most 16. */
 int qs_fds_send(int sock, const int *fds, size_t count);

@@ -18,8 +18,6 @@ from qsteer.shim import OBJECTS, check, check_bpf, out_fd, string
 _TUN_DRIVER = Path("/sys/class/misc/tun")
 _CANNOT_LOOK = "cannot read from the kernel what is attached to its taps"
 _LOOKING_TAKES = "it takes Linux 6.1 with BTF"
-# PROC_PID_INIT_INO of include/linux/proc_ns.h.
-_HOST_PID_NAMESPACE = 0xEFFFFFFC
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +156,7 @@ def queue_of(queue_fd: int) -> OpenQueue:
 @functools.cache
 def _tun_iter() -> Any:
     """The loaded iterator, for as long as this process lives."""
-    if Path("/proc/self/ns/pid").stat().st_ino != _HOST_PID_NAMESPACE:
+    if Path("/proc/self/ns/pid").stat().st_ino != lib.QS_HOST_PID_NAMESPACE:
         raise UnsupportedError(f"{_CANNOT_LOOK}: this is not the host's pid namespace", hint="docker run --pid=host")
     try:
         tun_fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)

@@ -16,12 +16,13 @@ OBJECTS = Path(__file__).parent / "bpf"
 
 
 def check(result: int, message: str, hint: str = "") -> None:
+    """Raise what fits a negative errno; ``message`` says what failed on what."""
     if result < 0:
         raise from_errno(result, message, hint=hint)
 
 
 def check_bpf(result: int, message: str, hint: str = "") -> None:
-    """As _check, for what libbpf does: its and the verifier's words go to the log."""
+    """As check, for what libbpf does: its and the verifier's words go to the log."""
     said = ffi.string(lib.qs_log_take()).decode(errors="replace").strip()
     for line in said.splitlines():
         log.debug("libbpf: %s", line)
@@ -51,16 +52,19 @@ def _missing_capabilities() -> str:
 
 
 def string(chars: object) -> str:
+    """A char array of C's as text."""
     return bytes(ffi.string(chars)).decode(errors="replace")
 
 
 def out_fd(call: Callable[[object], int], message: str, hint: str = "") -> int:
+    """The fd that a call of the shim gives through its last argument."""
     out = ffi.new("int *")
     check(call(out), message, hint)
     return int(out[0])
 
 
 def out_fd_bpf(call: Callable[[object], int], message: str) -> int:
+    """As out_fd, for what libbpf does."""
     out = ffi.new("int *")
     check_bpf(call(out), message)
     return int(out[0])
