@@ -151,7 +151,7 @@ install: ## put qsteer under PREFIX, with a virtual environment of its own
 		chmod 755 bin/qsteer
 		sed -i '/^command = /d' pyvenv.cfg
 		rm -f lib/python3.*/site-packages/qsteer-*.dist-info/direct_url.json
-		bin/python -m compileall -q -s "$$work/qsteer" -p "$(PREFIX)/lib/qsteer" lib
+		bin/python -m compileall -q -p "$(PREFIX)/lib/qsteer" lib
 		touch .from-make-install
 	)
 	rm -rf "$(LIBRARY).new"

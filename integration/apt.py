@@ -99,17 +99,18 @@ def codename() -> str:
 class PrivateApt:
     """An apt of our own in ``home``, over the machine's Debian mirror.
 
-    ``suite`` is one more suite of it, preferred to the machine's own; "" is none.
+    ``suite`` is one more suite of it, preferred to the machine's own; "" is none.  With ``alone`` nothing counts as
+    installed: for a suite older than the machine's, whose packages do not go together with newer ones.
     """
 
-    def __init__(self, home: Path, *, suite: str = "") -> None:
+    def __init__(self, home: Path, *, suite: str = "", alone: bool = False) -> None:
         config = home / "apt.conf"
         self._suite = suite
         self._options = ("-c", str(config), *(("-t", suite) if suite else ()))
         self._archives = home / "cache" / "archives"
         for folder in ("state/lists/partial", "cache/archives/partial", "sources.d", "none"):
             (home / folder).mkdir(parents=True, exist_ok=True)
-        shutil.copy("/var/lib/dpkg/status", home / "status")
+        shutil.copy("/dev/null" if alone else "/var/lib/dpkg/status", home / "status")
         (home / "state" / "extended_states").touch()
         entries = list(_debian_entries())
         if suite:

@@ -78,8 +78,8 @@ def provision() -> Provisioned:
         os.umask(umask)
 
 
-def provision_old_qemu() -> Path | None:
-    """A QEMU older than 9.0 where the distribution has one (Debian 12), for the refusal of such; else None."""
+def provision_old_qemu() -> Path:
+    """A QEMU older than 9.0, for the refusal of such: the installed one, or Debian 12's.  Raises ProvisionError."""
     installed = _installed_qemu()
     if installed and _identity(installed).version < QEMU_OLDEST:
         return installed
@@ -87,9 +87,8 @@ def provision_old_qemu() -> Path | None:
     if _works(wrapper):
         return wrapper
     apt.refresh_lists(QEMU_PACKAGE)
-    if _upstream(apt.candidate(QEMU_PACKAGE)) >= QEMU_OLDEST:
-        return None
-    return _unpack_qemu(wrapper, suite="")
+    old_enough = _upstream(apt.candidate(QEMU_PACKAGE)) < QEMU_OLDEST
+    return _unpack_qemu(wrapper, suite="" if old_enough else GUEST_SUITE)
 
 
 @contextlib.contextmanager
@@ -288,8 +287,9 @@ def _unpack_qemu(wrapper: Path, *, suite: str) -> Path:
     home = wrapper.parent
     shutil.rmtree(home, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=BUILD, prefix="apt-") as name:
-        archives = apt.PrivateApt(Path(name), suite=suite).fetch(QEMU_PACKAGE)
-        apt.unpack(archives, home / "root")
+        # What an older release has does not fit the installed packages; only the C library does, which is the loader's.
+        archives = apt.PrivateApt(Path(name), suite=suite, alone=suite == GUEST_SUITE).fetch(QEMU_PACKAGE)
+        apt.unpack([path for path in archives if not path.name.startswith("libc6_")], home / "root")
     # exec: the pid that was started is QEMU's.  Debian's QEMU looks for firmware under /usr by absolute path.
     wrapper.write_text(
         "#!/bin/sh\n"
