@@ -25,7 +25,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from qsteer.errors import BusyError, QsteerError, UnsupportedError, from_errno
+from qsteer.errors import BusyError, PermissionDeniedError, QsteerError, UnsupportedError, from_errno
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
@@ -130,7 +130,9 @@ def _start(binary: str, qmp_fd: int, lifeline: int, become: Callable[[], None] |
     except OSError as error:
         raise from_errno(error.errno or 0, f'cannot run "{binary}"') from None
     except subprocess.SubprocessError:
-        raise QsteerError(f'cannot become the VM\'s user to run "{binary}"') from None
+        raise PermissionDeniedError(
+            f'cannot become the VM\'s user to run "{binary}"', hint="it takes CAP_SETUID and CAP_SETGID; try sudo"
+        ) from None
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -168,7 +168,7 @@ def test_a_binary_that_cannot_be_run(tmp_path: Path) -> None:
     def fail() -> None:
         raise PermissionError(1, "no")
 
-    with pytest.raises(QsteerError, match="cannot become the VM's user"):
+    with pytest.raises(PermissionDeniedError, match="cannot become the VM's user"):
         qmp.probe(fake_qemu(tmp_path), drivers=(), become=fail)
     assert open_fds() == before
 
