@@ -39,8 +39,8 @@ def loaded(build: Build, config: RssConfig) -> Iterator[Program]:
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize(("name", "packet"), packets.GOLDEN)
-def test_golden_packets(build: Build, name: str, packet: bytes) -> None:
+@pytest.mark.parametrize("packet", [pytest.param(packet, id=name) for name, packet in packets.GOLDEN])
+def test_golden_packets(build: Build, packet: bytes) -> None:
     with loaded(build, EVERYTHING) as program:
         try:
             answer = programs.run_program(program.prog_fd, packet)
