@@ -3,6 +3,9 @@
 
 import dataclasses
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -160,3 +163,45 @@ def test_a_tap_that_went_away(tap: support.TapUnderTest) -> None:
 def test_one_change_at_a_time() -> None:
     with execute.lock(1), pytest.raises(BusyError), execute.lock(0.05):
         pass
+
+
+KILLED = """
+import os, sys
+from qsteer import holds, kernel, programs
+from qsteer.__main__ import main
+step = {step}
+def and_die(*arguments, **options):
+    step(*arguments, **options)
+    os.kill(os.getpid(), 9)
+{step} = and_die
+sys.exit(main())
+"""
+
+
+def killed_after(step: str, *arguments: str) -> None:
+    """Run qsteer on this test's tap, and kill it right after a step."""
+    command = [sys.executable, "-c", KILLED.format(step=step), *arguments, "--pid", str(os.getpid())]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+
+def test_apply_killed_before_it_attaches(steered: int) -> None:
+    before = support.loaded_programs()
+    killed_after("programs.load_program", "apply", "--equal", "2")
+    assert seen().program_id == steered
+    support.wait_until("the program's end", lambda: support.loaded_programs() == before)
+
+
+def test_apply_killed_after_it_attached(steered: int) -> None:
+    killed_after("kernel.attach", "apply", "--equal", "2")
+    after = seen()
+    assert after.program_id not in (0, steered)
+    assert after.content and after.content.config and set(after.content.config.table) == {0, 1}
+    assert support.qsteer("apply", "--pid", str(os.getpid())).stdout.split()[1] == "unchanged"
+
+
+def test_off_killed_before_it_detaches(steered: int) -> None:
+    killed_after("holds.put", "off")
+    assert seen().program_id == steered
+    done = support.qsteer("off", "--pid", str(os.getpid()))
+    assert done.returncode == 0 and seen().program_id == 0
+    assert support.qsteer("apply", "--pid", str(os.getpid())).returncode == 0
