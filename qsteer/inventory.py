@@ -68,6 +68,11 @@ def _body_present(program: ProgramInfo | None) -> bool:
         return True
 
 
+def _holders(program: ProgramInfo | None) -> tuple[int, ...]:
+    """Who may have attached a foreign program: the kernel does not keep it, but whoever has it open may tell."""
+    return procs.holders_of_program(program.id) if program and program.kind is Kind.FOREIGN else ()
+
+
 def _tap(
     queues: tuple[OpenQueue, ...],
     holder: Process | None,
@@ -92,6 +97,7 @@ def _tap(
         program=program,
         content=_content(program) if program else None,
         body_present=_body_present(program),
+        program_holders=_holders(program),
         holder=holder,
         nic=_nic(first.tap, queues, holder),
         held=tuple(one for one in held if _may_be_for(one.info, first)),

@@ -140,8 +140,9 @@ class Tap:
     """A tap, and all that decides how it is steered.
 
     ``program_id`` is the kernel's word (0: none); ``program`` is None too where looking at it takes a right that is
-    missing.  ``nic`` is None where the command line does not tell (a NIC plugged in later).  ``held`` are the programs
-    of this tap's VM with QEMU's maps, and only those which may be meant for this tap.
+    missing.  ``program_holders`` are the pids that have a foreign program open.  ``nic`` is None where the command line
+    does not tell (a NIC plugged in later).  ``held`` are the programs of this tap's VM with QEMU's maps, and only those
+    which may be meant for this tap.
     """
 
     name: str
@@ -156,6 +157,7 @@ class Tap:
     program: ProgramInfo | None
     content: MapsContent | None
     body_present: bool
+    program_holders: tuple[int, ...]
     holder: Process | None
     nic: Nic | None
     held: tuple[Held, ...]

@@ -363,7 +363,8 @@ def state(tap: Tap) -> str:
 
 def _state_steered(tap: Tap, program: ProgramInfo) -> str:
     if program.kind is Kind.FOREIGN:
-        return f'"{program.name}", loaded by uid {program.uid}'
+        holders = ", ".join(map(str, tap.program_holders))
+        return f'"{program.name}", loaded by uid {program.uid}' + (f", held by pid {holders}" if holders else "")
     if not tap.body_present:
         return "broken: the shared body is gone"
     if program.kind is Kind.QSTEER and steers_in_software(tap):

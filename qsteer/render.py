@@ -88,6 +88,7 @@ def program_json(tap: Tap) -> Json | None:
         "tag": program.tag,
         "kind": program.kind,
         "loaded_by_uid": program.uid,
+        "held_by": list(tap.program_holders),
         "build": ident.build if ident else None,
         "abi": ident.abi if ident else None,
         "version": ident.version if ident else None,

@@ -117,6 +117,7 @@ def test_a_foreign_program_stays_unless_told(tap: support.TapUnderTest, dev: tup
         id_before = attached()
         (seen,) = document("status", *dev)
         assert (seen["program"]["kind"], seen["program"]["name"]) == ("foreign", "lb_steer")
+        assert seen["program"]["held_by"] == [os.getpid()] and f"held by pid {os.getpid()}" in seen["state"]
         for verb in ("apply", "off"):
             done = qsteer(verb, *dev)
             assert done.returncode == 6
