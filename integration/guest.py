@@ -16,7 +16,6 @@ import contextlib
 import os
 import pwd
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -253,8 +252,3 @@ class Guest:
             if path.exists() and (words := path.read_text(errors="replace").strip()):
                 return f"guest {self.name}: {what}: {' / '.join(words.splitlines()[-3:])}"
         return f"guest {self.name}: {what}"
-
-    def shut_down(self, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
-        """End QEMU the way that QEMU itself ends on a signal, cleaning up, instead of killing it."""
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(timeout_s)

@@ -12,7 +12,7 @@ from qsteer.model import Held, Kind, MapsContent, Nic, OpenQueue, Process, Progr
 def fetch() -> tuple[Tap, ...]:
     """Every tap that some process has open.  Raises QsteerError where the kernel does not let qsteer look."""
     processes: dict[int, Process | None] = {}
-    programs: dict[int, ProgramInfo | None] = {}
+    attached: dict[int, ProgramInfo | None] = {}
     held: dict[int, tuple[Held, ...]] = {}
     taps = []
     queues = [queue for queue in kernel.open_queues() if queue.is_tap]
@@ -23,7 +23,7 @@ def fetch() -> tuple[Tap, ...]:
         holder = _holder(of_tap, processes)
         if holder and holder.args and holder.pid not in held:
             held[holder.pid] = _held(holder.pid)
-        taps.append(_tap(of_tap, holder, held.get(holder.pid, ()) if holder else (), programs))
+        taps.append(_tap(of_tap, holder, held.get(holder.pid, ()) if holder else (), attached))
     return tuple(taps)
 
 
@@ -77,12 +77,12 @@ def _tap(
     queues: tuple[OpenQueue, ...],
     holder: Process | None,
     held: tuple[Held, ...],
-    programs: dict[int, ProgramInfo | None],
+    attached: dict[int, ProgramInfo | None],
 ) -> Tap:
     first = queues[0]
-    if first.program_id and first.program_id not in programs:
-        programs[first.program_id] = _program(first.program_id)
-    program = programs.get(first.program_id)
+    if first.program_id and first.program_id not in attached:
+        attached[first.program_id] = _program(first.program_id)
+    program = attached.get(first.program_id)
     hold = holds.find(netns=first.netns, ifindex=first.ifindex)
     return Tap(
         name=first.tap,

@@ -93,7 +93,7 @@ def _find(route: Any, name: str) -> Link | None:
         kind=info or "",
         mtu=message.get("mtu"),
         mac=message.get("address") or "",
-        up=bool(message["flags"] & 1),
+        up=message["state"] == "up",
         bridge_index=message.get("master"),
     )
 

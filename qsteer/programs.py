@@ -25,7 +25,7 @@ from typing import Any
 
 from qsteer import __version__
 from qsteer._shim import ffi, lib
-from qsteer.errors import PermissionDeniedError, QsteerError, UnsupportedError, from_errno
+from qsteer.errors import NotFoundError, PermissionDeniedError, QsteerError, UnsupportedError, from_errno
 from qsteer.model import Build, Ident, Kind, MapsContent, ProgramInfo, Source
 from qsteer.rss import BASE_TYPES, HashType, RssConfig
 from qsteer.shim import OBJECTS, check, check_bpf, out_fd_bpf, string
@@ -177,9 +177,12 @@ def _pinned_bodies() -> int | None:
         if error.errno == errno.ENOENT:
             return None
         raise
-    if not body_in(bodies):
+    try:
+        if not body_in(bodies):
+            raise UnsupportedError(f"{pin} is empty", hint="remove it, then apply again")
+    except BaseException:
         os.close(bodies)
-        raise UnsupportedError(f"{pin} is not a filled prog_array", hint="remove it, then apply again")
+        raise
     return bodies
 
 
@@ -197,10 +200,10 @@ def _pin(bodies: int, pin: Path) -> None:
 
 def _prove(bodies: int) -> None:
     """Run known packets through a stub over a new body.  Raises UnsupportedError unless every queue is right."""
+    from qsteer.reference import queue_of  # once per host: the others need not load it
+
     key = secrets.token_bytes(lib.QS_KEY_BYTES)
     config = RssConfig(types=BASE_TYPES, key=key, table=tuple(range(lib.QS_TABLE_ENTRIES)), unclassified_queue=200)
-    from qsteer.reference import queue_of
-
     program = _load(Build.SHARED_BODY, "", Source.STATIC, 0, bodies)
     try:
         _write_config(program, config)
@@ -245,7 +248,7 @@ def _by_id(call: Callable[[int, object], int], wanted: int, what: str) -> int:
     if result == -errno.EPERM:
         raise PermissionDeniedError(f"cannot look at {what} {wanted}", hint="it takes CAP_SYS_ADMIN; try sudo")
     if result == -errno.ENOENT:
-        raise from_errno(errno.ENODEV, f"{what} {wanted} is gone")
+        raise NotFoundError(f"{what} {wanted} is gone")
     check(result, f"cannot open {what} {wanted}")
     return int(out[0])
 

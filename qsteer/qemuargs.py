@@ -56,8 +56,6 @@ class Netdev:
     fds: tuple[str, ...] = ()
     queues: int | None = None
     vhost: bool | None = None
-    helper: str | None = None
-    script: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,8 +305,6 @@ def _netdev(option: str, value: str) -> Netdev | None:
         fds=tuple(fds.split(":")) if fds else (),
         queues=queues if isinstance(queues, int) and not isinstance(queues, bool) else None,
         vhost=parse_bool(fields.get("vhost")),
-        helper=_word(fields.get("helper")),
-        script=_word(fields.get("script")),
     )
 
 
