@@ -163,7 +163,7 @@ def _taps(options: argparse.Namespace, *, required: bool) -> "tuple[Tap, ...]":
     from qsteer.selection import select
 
     selection = _selection(options, required=required)
-    taps = inventory.fetch()
+    taps = inventory.fetch().taps
     return select(taps, selection) if selection else taps
 
 

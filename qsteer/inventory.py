@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from qsteer import holds, kernel, procs, programs, qemuargs
 from qsteer.errors import QsteerError
-from qsteer.model import Held, Kind, MapsContent, Nic, OpenQueue, Process, ProgramInfo, Tap
+from qsteer.model import Held, Inventory, Kind, MapsContent, Nic, OpenQueue, Process, ProgramInfo, Tap
 
 
-def fetch() -> tuple[Tap, ...]:
+def fetch() -> Inventory:
     """Every tap that some process has open.  Raises QsteerError where the kernel does not let qsteer look."""
     processes: dict[int, Process | None] = {}
     attached: dict[int, ProgramInfo | None] = {}
@@ -24,7 +24,7 @@ def fetch() -> tuple[Tap, ...]:
         if holder and holder.args and holder.pid not in held:
             held[holder.pid] = _held(holder.pid)
         taps.append(_tap(of_tap, holder, held.get(holder.pid, ()) if holder else (), attached))
-    return tuple(taps)
+    return Inventory(taps=tuple(taps))
 
 
 def _holder(queues: tuple[OpenQueue, ...], processes: Mapping[int, Process | None]) -> Process | None:
@@ -99,6 +99,7 @@ def _tap(
         body_present=_body_present(program),
         program_holders=_holders(program),
         holder=holder,
+        domain=None,
         nic=_nic(first.tap, queues, holder),
         held=tuple(one for one in held if _may_be_for(one.info, first)),
         hold=bool(hold and any(hold.is_of(queue.pid) for queue in queues)),
@@ -127,4 +128,11 @@ def _nic(tap: str, queues: tuple[OpenQueue, ...], holder: Process | None) -> Nic
     if len(devices) != 1 or not devices[0].driver.startswith("virtio-net"):
         return None
     own = qemuargs.defaults_of(args, devices[0].driver) | dict(devices[0].properties)
-    return Nic(netdev=netdev.id, rss=bool(qemuargs.parse_bool(own.get("rss"))), vhost=bool(netdev.vhost))
+    mac = own.get("mac")
+    return Nic(
+        id=devices[0].id,
+        netdev=netdev.id,
+        mac=mac.lower() if isinstance(mac, str) else None,
+        rss=bool(qemuargs.parse_bool(own.get("rss"))),
+        vhost=bool(netdev.vhost),
+    )

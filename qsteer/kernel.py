@@ -185,6 +185,7 @@ def _queue(raw: Any) -> OpenQueue:
         active=raw.active,
         disabled=raw.disabled,
         program_id=raw.prog_id,
+        attachment=raw.attachment,
         is_tap=bool(raw.flags & lib.IFF_TAP),
         multi_queue=bool(raw.flags & lib.IFF_MULTI_QUEUE),
         persistent=bool(raw.flags & lib.IFF_PERSIST),

@@ -23,6 +23,8 @@ class Source(enum.StrEnum):
 
     SHARED_MAPS = "shared-maps"
     QEMU_MAPS = "qemu-maps"
+    DEVICE_STATE = "device-state"
+    GUEST_AGENT = "guest-agent"
     STATIC = "static"
 
 
@@ -76,7 +78,10 @@ class ProgramInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenQueue:
-    """One open queue of a tun device.  ``netns`` is its network namespace's inode number, ``file`` its identity."""
+    """One open queue of a tun device.  ``netns`` is its network namespace's inode number, ``file`` its identity.
+
+    ``attachment`` is another one each time that a program is attached, be it the same one again; 0 for no program.
+    """
 
     file: int
     pid: int
@@ -90,6 +95,7 @@ class OpenQueue:
     active: int
     disabled: int
     program_id: int
+    attachment: int
     is_tap: bool
     multi_queue: bool
     persistent: bool
@@ -118,12 +124,71 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Nic:
-    """A virtio-net device and its netdev as QEMU's command line has them; None is what it does not say."""
+class Interface:
+    """A NIC of a libvirt domain, from libvirt's own status file.
 
+    ``kind`` is libvirt's (``bridge``, ``network``, ``ethernet``, ``direct``, ``vhostuser``, ``vdpa``, ``user``, ...);
+    ``target`` the host's device.  ``rss`` and ``vhost`` are None where the file does not say.
+    """
+
+    kind: str
+    alias: str | None
+    mac: str | None
+    model: str | None
+    target: str | None
+    queues: int | None
+    rss: bool | None
+    vhost: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Domain:
+    """A running libvirt domain.  ``monitor`` is the QMP socket that libvirt itself holds on to."""
+
+    name: str
+    uuid: str
+    pid: int
+    interfaces: tuple[Interface, ...]
+    monitor: str | None
+    agent: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nic:
+    """A virtio-net device and its netdev, from QEMU's command line, libvirt's status file or QMP; None is unknown.
+
+    ``id`` is the device's id, which libvirt calls its alias.
+    """
+
+    id: str | None
     netdev: str | None
+    mac: str | None
     rss: bool
     vhost: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What a guest asks of its NIC, read out of a QEMU's device state or through an agent in the guest.
+
+    ``config`` is None where the guest has not enabled RSS.  ``exact_types`` says whether the hash types were read, too.
+    ``paused_ms`` is how long the VM stood still for it; None where it did not.
+    """
+
+    source: Source
+    config: RssConfig | None
+    exact_types: bool = True
+    paused_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsteerable:
+    """A NIC of a VM whose packets do not pass a tap: macvtap, vhost-user, vhost-vdpa, passt, user, ..."""
+
+    vm: Process
+    domain: Domain | None
+    nic: Nic
+    backend: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,9 +224,11 @@ class Tap:
     body_present: bool
     program_holders: tuple[int, ...]
     holder: Process | None
+    domain: Domain | None
     nic: Nic | None
     held: tuple[Held, ...]
     hold: bool
+    reading: Reading | None = None
 
     @property
     def attached(self) -> int:
@@ -180,4 +247,16 @@ class Tap:
 
     @property
     def vm_name(self) -> str | None:
+        """libvirt's word before that of QEMU's command line, which can be forged."""
+        if self.domain:
+            return self.domain.name
         return self.vm.args.name or self.vm.args.uuid if self.vm and self.vm.args else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """What ``fetch`` saw.  ``notes`` say what it could not see, and why."""
+
+    taps: tuple[Tap, ...]
+    unsteerable: tuple[Unsteerable, ...] = ()
+    notes: tuple[str, ...] = ()

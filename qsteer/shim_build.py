@@ -53,6 +53,7 @@ struct qs_queue {
     uint32_t prog_id;
     uint32_t active;
     uint32_t disabled;
+    uint64_t attachment;
     uint16_t queue_index;
     uint16_t detached;
     char comm[16];

@@ -85,7 +85,8 @@ _Static_assert(sizeof(struct qs_ident) == 48, "no hidden padding");
 
 /* One open queue of a tun/tap device, as the task_file iterator reports it. */
 struct qs_queue {
-	__u64 file; /* tells two fds of one open file from two queues */
+	__u64 file;	  /* tells two fds of one open file from two queues */
+	__u64 attachment; /* another value each time that a program is attached; 0 for none */
 	__u32 pid;
 	__u32 fd;
 	__u32 netns; /* inode number of the network namespace */
@@ -101,6 +102,6 @@ struct qs_queue {
 	char tap[16];
 };
 
-_Static_assert(sizeof(struct qs_queue) == 80, "no hidden padding");
+_Static_assert(sizeof(struct qs_queue) == 88, "no hidden padding");
 
 #endif

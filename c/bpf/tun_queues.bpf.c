@@ -132,6 +132,7 @@ int qsteer_tun_queues(struct bpf_iter__task_file *ctx)
 	q.queue_index = BPF_CORE_READ(tfile, queue_index);
 	q.detached = BPF_CORE_READ(tfile, detached) != 0;
 	prog = BPF_CORE_READ(tun, steering_prog);
+	q.attachment = (__u64)prog;
 	if (prog)
 		q.prog_id = BPF_CORE_READ(prog, prog, aux, id);
 	BPF_CORE_READ_STR_INTO(&q.comm, task, group_leader, comm);

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.root
 
 def seen() -> Tap:
     """This test's tap, looked at afresh."""
-    taps = inventory.fetch()
+    taps = inventory.fetch().taps
     return next(tap for tap in taps if tap.holder and tap.holder.pid == os.getpid())
 
 

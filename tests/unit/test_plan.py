@@ -93,6 +93,7 @@ def queue(pid: int = 100, tap: str = "vnet0") -> OpenQueue:
         active=4,
         disabled=0,
         program_id=0,
+        attachment=0,
         is_tap=True,
         multi_queue=True,
         persistent=False,
@@ -117,15 +118,16 @@ def tap(**changed: Any) -> Tap:
         "body_present": True,
         "program_holders": (),
         "holder": process(),
-        "nic": Nic(netdev="net0", rss=False, vhost=False),
+        "domain": None,
+        "nic": Nic(id=None, netdev="net0", mac=None, rss=False, vhost=False),
         "held": (),
         "hold": False,
     }
     return Tap(**values | changed)
 
 
-RSS_NIC = Nic(netdev="net0", rss=True, vhost=False)
-RSS_VHOST_NIC = Nic(netdev="net0", rss=True, vhost=True)
+RSS_NIC = Nic(id=None, netdev="net0", mac=None, rss=True, vhost=False)
+RSS_VHOST_NIC = Nic(id=None, netdev="net0", mac=None, rss=True, vhost=True)
 OWN_STATIC = program(Kind.QSTEER)
 OWN_SHARED = program(Kind.QSTEER, id=8, source=Source.SHARED_MAPS)
 QEMUS = program(Kind.QEMU, id=9)
