@@ -22,14 +22,18 @@ SHELL := /bin/bash
 .SILENT:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint build packages install uninstall clean
+.PHONY: help demo test test-qemus lint build packages install uninstall clean
 
 # Where "make install" puts things.  DESTDIR is in front of it only while a package is made, and is not to be found inside.
 override PREFIX := $(patsubst %/,%,$(PREFIX))
 ROOT_OF_INSTALL := $(DESTDIR)$(PREFIX)
 LIBRARY := $(ROOT_OF_INSTALL)/lib/qsteer
 COMMAND := $(ROOT_OF_INSTALL)/bin/qsteer
-COMMAND_LINK := ../lib/qsteer/bin/qsteer
+# Where the system looks for what is in $(LIBRARY): link=target, both without blanks.
+LINKS := \
+	bin/qsteer=../lib/qsteer/bin/qsteer \
+	lib/systemd/system/qsteer-keep.service=../../qsteer/share/qsteer-keep.service \
+	share/man/man8/qsteer.8=../../../lib/qsteer/share/qsteer.8
 
 # Runs a command as root, with the environment of who called make; what it leaves in build/ belongs to them again.
 define as_root
@@ -40,7 +44,7 @@ sudo -E env PYTHONDONTWRITEBYTECODE=1 $(1)
 endef
 
 help: ## list the targets
-	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 	echo
 	echo "Variables: PYTHON ($(PYTHON)), PREFIX ($(PREFIX)), DESTDIR; PYTEST_ARGS for test; QSTEER_STRICT=1 makes a"
 	echo "skipped test a failed one; YES=1 lets the demo and the tests fetch what the distribution lacks without asking;"
@@ -50,7 +54,10 @@ demo: build ## boot a guest and check that every flow lands on the queue the gue
 	$(call as_root,$(VENV)/bin/python -m integration.demo)
 
 test: build ## run all tests (needs root, directly or through sudo)
-	$(call as_root,$(VENV)/bin/python -m pytest $(PYTEST_ARGS))
+	$(call as_root,$(VENV)/bin/python -m pytest -m "not compat" $(PYTEST_ARGS))
+
+test-qemus: build ## what depends on the QEMU, with QEMU 7.2, 10.0 and 11.1 (fetches what is missing)
+	$(call as_root,$(VENV)/bin/python -m pytest -m compat $(PYTEST_ARGS))
 
 lint: build ## run the formatters and type checkers only
 	$(VENV)/bin/python -m pytest tests/unit/test_linters.py $(PYTEST_ARGS)
@@ -110,10 +117,13 @@ if [[ -e "$(LIBRARY)" && ! -e "$(LIBRARY)/.from-make-install" ]]; then
 	echo "make $@: $(LIBRARY) is not from make install, and stays" >&2
 	exit 1
 fi
-if [[ ( -e "$(COMMAND)" || -L "$(COMMAND)" ) && "$$(readlink "$(COMMAND)")" != $(COMMAND_LINK) ]]; then
-	echo "make $@: $(COMMAND) is not from make install, and stays" >&2
-	exit 1
-fi
+for link in $(LINKS); do
+	path="$(ROOT_OF_INSTALL)/$${link%=*}"
+	if [[ ( -e "$$path" || -L "$$path" ) && "$$(readlink "$$path")" != "$${link#*=}" ]]; then
+		echo "make $@: $$path is not from make install, and stays" >&2
+		exit 1
+	fi
+done
 endef
 
 define check_right
@@ -152,20 +162,32 @@ install: ## put qsteer under PREFIX, with a virtual environment of its own
 		sed -i '/^command = /d' pyvenv.cfg
 		rm -f lib/python3.*/site-packages/qsteer-*.dist-info/direct_url.json
 		bin/python -m compileall -q -p "$(PREFIX)/lib/qsteer" lib
+		mkdir share
+		sed 's|@PREFIX@|$(PREFIX)|g' "$(CURDIR)/systemd/qsteer-keep.service.in" >share/qsteer-keep.service
+		cat "$(CURDIR)/docs/qsteer.8" >share/qsteer.8
 		touch .from-make-install
 	)
 	rm -rf "$(LIBRARY).new"
 	cp -R "$$work/qsteer" "$(LIBRARY).new"
 	rm -rf "$(LIBRARY)"
 	mv "$(LIBRARY).new" "$(LIBRARY)"
-	ln -sfn $(COMMAND_LINK) "$(COMMAND)"
-	echo "Installed $(COMMAND)"
+	for link in $(LINKS); do
+		mkdir -p "$$(dirname "$(ROOT_OF_INSTALL)/$${link%=*}")"
+		ln -sfn "$${link#*=}" "$(ROOT_OF_INSTALL)/$${link%=*}"
+	done
+	echo "Installed $(COMMAND), its manual page qsteer(8), and the unit qsteer-keep.service, which is not enabled"
 
 uninstall: ## take off what install put there; running virtual machines stay steered
 	$(check_install)
 	[[ -e "$(LIBRARY)" || -L "$(COMMAND)" ]] || { echo "qsteer is not installed under $(ROOT_OF_INSTALL)"; exit 0; }
 	$(check_right)
-	rm -rf "$(LIBRARY)" "$(COMMAND)"
+	rm -rf "$(LIBRARY)"
+	for link in $(LINKS); do
+		rm -f "$(ROOT_OF_INSTALL)/$${link%=*}"
+	done
+	for directory in lib/systemd/system lib/systemd share/man/man8 share/man; do
+		rmdir --ignore-fail-on-non-empty "$(ROOT_OF_INSTALL)/$$directory" 2>/dev/null || true
+	done
 	echo "Removed $(COMMAND) and $(LIBRARY)."
 	echo "Running virtual machines stay steered: /sys/fs/bpf/qsteer and /run/qsteer are as they were."
 

@@ -278,8 +278,29 @@ static struct bpf_map *qs_rodata(struct bpf_object *object)
 	return NULL;
 }
 
+/* Put a map that is there already in place of one of the object's, if it is laid out alike. */
+static int qs_map_reuse(struct bpf_object *object, const char *name, int fd)
+{
+	struct bpf_map *map = bpf_object__find_map_by_name(object, name);
+	struct bpf_map_info info = {};
+	__u32 len = sizeof(info);
+	int err;
+
+	if (!map)
+		return -EINVAL;
+	err = bpf_obj_get_info_by_fd(fd, &info, &len);
+	if (err)
+		return err;
+	/* Before 9.0 QEMU writes into its own maps by system calls, and they are not mmapable. */
+	if (info.type != bpf_map__type(map) || info.key_size != bpf_map__key_size(map) ||
+	    info.value_size != bpf_map__value_size(map) ||
+	    info.max_entries != bpf_map__max_entries(map) || info.map_flags & ~BPF_F_MMAPABLE)
+		return -EOPNOTSUPP;
+	return bpf_map__reuse_fd(map, fd);
+}
+
 int qs_program_load(const char *path, const struct qs_ident *ident, int bodies_fd,
-		    struct qs_program *program)
+		    const int *map_fds, struct qs_program *program)
 {
 	qs_auto_object struct bpf_object *object = NULL;
 	qs_auto_close int prog = -1, config = -1, key = -1, table = -1;
@@ -296,13 +317,12 @@ int qs_program_load(const char *path, const struct qs_ident *ident, int bodies_f
 	err = bpf_map__set_initial_value(rodata, ident, sizeof(*ident));
 	if (err)
 		return err;
-	if (bodies_fd >= 0) {
-		struct bpf_map *bodies = bpf_object__find_map_by_name(object, "qsteer_bodies");
-
-		err = bodies ? bpf_map__reuse_fd(bodies, bodies_fd) : -EINVAL;
-		if (err)
-			return err;
-	}
+	if (bodies_fd >= 0 && (err = qs_map_reuse(object, "qsteer_bodies", bodies_fd)))
+		return err;
+	if (map_fds && ((err = qs_map_reuse(object, QS_MAP_CONFIG, map_fds[0])) ||
+			(err = qs_map_reuse(object, QS_MAP_KEY, map_fds[1])) ||
+			(err = qs_map_reuse(object, QS_MAP_TABLE, map_fds[2]))))
+		return err;
 	err = bpf_object__load(object);
 	if (err)
 		return err;
@@ -401,6 +421,40 @@ int qs_map_fd(__u32 id, int *fd)
 	if (got < 0)
 		return got;
 	*fd = got;
+	return 0;
+}
+
+int qs_program_next_id(__u32 after, __u32 *id)
+{
+	__u32 next = 0;
+	int err = bpf_prog_get_next_id(after, &next);
+
+	if (!err)
+		*id = next;
+	return err;
+}
+
+int qs_program_maps(int prog_fd, __u32 *ids, __u32 *count)
+{
+	struct bpf_prog_info info = { .nr_map_ids = QS_PROGRAM_MAPS, .map_ids = (__u64)ids };
+	int err = qs_prog_info(prog_fd, &info);
+
+	if (!err)
+		*count = info.nr_map_ids < QS_PROGRAM_MAPS ? info.nr_map_ids : QS_PROGRAM_MAPS;
+	return err;
+}
+
+int qs_map_info(int fd, __u32 *id, __u32 *type, char name[16])
+{
+	struct bpf_map_info info = {};
+	__u32 len = sizeof(info);
+	int err = bpf_obj_get_info_by_fd(fd, &info, &len);
+
+	if (err)
+		return err;
+	*id = info.id;
+	*type = info.type;
+	memcpy(name, info.name, sizeof(info.name));
 	return 0;
 }
 
@@ -555,7 +609,7 @@ int qs_program_run(int prog_fd, const void *packet, __u32 len, __u32 repeat, __u
 
 /* What is attached */
 
-/* One run of the iterator, over one process or (pid 0) all; records go to *queues if that is given. */
+/* One run of an iterator, over one process or (pid 0) all; records go to *queues if that is given. */
 static int qs_iterate(struct bpf_program *prog, pid_t pid, struct qs_queue **queues, size_t *count)
 {
 	union bpf_iter_link_info info = { .task.pid = pid };
@@ -605,41 +659,98 @@ static int qs_iterate(struct bpf_program *prog, pid_t pid, struct qs_queue **que
 
 struct qs_tun_iter {
 	struct bpf_object *object;
-	struct bpf_program *prog;
+	struct bpf_program *files;   /* goes over the open files */
+	struct bpf_program *devices; /* goes over the network devices; NULL where there is none */
+	int state_fd;		     /* struct qs_tun_state */
 };
+
+static struct bpf_program *qs_program_of(struct bpf_object *object, enum bpf_prog_type type)
+{
+	struct bpf_program *prog;
+
+	bpf_object__for_each_program(prog, object) {
+		if (bpf_program__type(prog) == type)
+			return prog;
+	}
+	return NULL;
+}
 
 int qs_tun_iter_open(const char *path, int tun_fd, struct qs_tun_iter **iter)
 {
 	qs_auto_object struct bpf_object *object = NULL;
+	struct qs_tun_iter found = {}, *made;
 	__u32 learner = tun_fd;
-	struct bpf_program *prog;
-	struct bpf_map *rodata;
-	struct qs_tun_iter *made;
+	struct bpf_map *rodata, *state;
 	int err;
 
 	err = qs_object_open(path, &object);
 	if (err)
 		return err;
-	prog = bpf_object__next_program(object, NULL);
 	rodata = qs_rodata(object);
-	if (!prog || !rodata)
+	state = bpf_object__find_map_by_name(object, ".bss");
+	found.files = qs_program_of(object, BPF_PROG_TYPE_TRACING);
+	found.devices = qs_program_of(object, BPF_PROG_TYPE_RAW_TRACEPOINT);
+	if (!rodata || !state || !found.files)
 		return -EINVAL;
 	if ((err = bpf_map__set_initial_value(rodata, &learner, sizeof(learner))) ||
-	    (err = bpf_object__load(object)) || (err = qs_iterate(prog, getpid(), NULL, NULL)))
+	    (err = bpf_object__load(object)) ||
+	    (err = qs_iterate(found.files, getpid(), NULL, NULL)))
 		return err;
 	made = malloc(sizeof(*made));
 	if (!made)
 		return -ENOMEM;
-	made->object = object;
-	made->prog = prog;
+	found.state_fd = bpf_map__fd(state);
+	found.object = object;
 	object = NULL;
+	*made = found;
 	*iter = made;
 	return 0;
 }
 
+void qs_tun_iter_close(struct qs_tun_iter *iter)
+{
+	bpf_object__close(iter->object);
+	free(iter);
+}
+
 int qs_tun_iter_read(struct qs_tun_iter *iter, int pid, struct qs_queue **queues, size_t *count)
 {
-	return qs_iterate(iter->prog, pid, queues, count);
+	return qs_iterate(iter->files, pid, queues, count);
+}
+
+int qs_tun_digest_devices(struct qs_tun_iter *iter, uint64_t *digest)
+{
+	LIBBPF_OPTS(bpf_test_run_opts, opts);
+	struct qs_tun_state state;
+	__u32 zero = 0;
+	int err;
+
+	if (!iter->devices)
+		return -EINVAL;
+	if ((err = bpf_prog_test_run_opts(bpf_program__fd(iter->devices), &opts)) ||
+	    (err = bpf_map_lookup_elem(iter->state_fd, &zero, &state)))
+		return err;
+	*digest = state.digest;
+	return 0;
+}
+
+int qs_tun_digest_holders(struct qs_tun_iter *iter, uint64_t *digest)
+{
+	struct qs_tun_state state;
+	__u32 zero = 0;
+	int err;
+
+	if (!iter->devices)
+		return -EINVAL;
+	if ((err = bpf_map_lookup_elem(iter->state_fd, &zero, &state)))
+		return err;
+	state.digest = 0;
+	if ((err = bpf_map_update_elem(iter->state_fd, &zero, &state, BPF_ANY)) ||
+	    (err = qs_iterate(iter->files, 0, NULL, NULL)) ||
+	    (err = bpf_map_lookup_elem(iter->state_fd, &zero, &state)))
+		return err;
+	*digest = state.digest;
+	return 0;
 }
 
 void qs_free(void *memory)

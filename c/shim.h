@@ -56,11 +56,13 @@ struct qs_program {
 };
 
 /*
- * Load a tap's program from an object file (tap_stub or tap_complete): its own three maps, its
- * identity in frozen rodata; bodies_fd is the prog_array of the shared body, or -1.
+ * Load a tap's program from an object file (tap_stub or tap_complete): its identity in frozen
+ * rodata; bodies_fd is the prog_array of the shared body, or -1; map_fds are the configuration,
+ * key and table maps of another program, which both have then, or NULL for three new ones.
+ * -EOPNOTSUPP where a map is not laid out as this program's.
  */
 int qs_program_load(const char *object, const struct qs_ident *ident, int bodies_fd,
-		    struct qs_program *program);
+		    const int *map_fds, struct qs_program *program);
 /* Load the shared body into a new prog_array. */
 int qs_bodies_create(const char *object, int *bodies_fd);
 /* Fill the prog_array of a body that is gone with the body of another one. */
@@ -93,6 +95,13 @@ struct qs_program_info {
 int qs_program_fd(__u32 id, int *fd);
 int qs_program_info(int prog_fd, struct qs_program_info *info);
 int qs_map_fd(__u32 id, int *fd);
+/* The next loaded program of the host after an id; -ENOENT after the last. */
+int qs_program_next_id(__u32 after, __u32 *id);
+/* The ids of all maps that a program uses; ids has room for QS_PROGRAM_MAPS, the kernel's limit. */
+#define QS_PROGRAM_MAPS 64
+int qs_program_maps(int prog_fd, __u32 *ids, __u32 *count);
+/* What a map is; fd has to be one of a map. */
+int qs_map_info(int fd, __u32 *id, __u32 *type, char name[16]);
 
 /* The configuration in a program's maps; table has QS_TABLE_ENTRIES entries. */
 int qs_config_read(int config_fd, int key_fd, int table_fd, struct qs_rss_config *config,
@@ -109,12 +118,19 @@ int qs_program_run(int prog_fd, const void *packet, __u32 len, __u32 repeat, __u
 		   __u32 *cb_left, __u32 *duration_ns);
 
 /*
- * The iterator over open queues of tun devices: all processes and network namespaces of the host,
- * or (pid not 0) one process.  The records are freed with qs_free().
+ * What looks at tun devices, of all processes and network namespaces of the host: the object file
+ * is tun_queues, for the records, or tun_digest, for the digests.  tun_fd is any fd of /dev/net/tun,
+ * and only needed to open.  An object whose tun module was unloaded since sees nothing any more.
  */
 struct qs_tun_iter;
 int qs_tun_iter_open(const char *object, int tun_fd, struct qs_tun_iter **iter);
+void qs_tun_iter_close(struct qs_tun_iter *iter);
+/* The open queues of all processes or (pid not 0) one; freed with qs_free(). */
 int qs_tun_iter_read(struct qs_tun_iter *iter, int pid, struct qs_queue **queues, size_t *count);
 void qs_free(void *memory);
+/* A number that changes with the taps, their queues, and what is attached to them. */
+int qs_tun_digest_devices(struct qs_tun_iter *iter, uint64_t *digest);
+/* A number that changes with the processes that hold queues; looks at every open file of the host. */
+int qs_tun_digest_holders(struct qs_tun_iter *iter, uint64_t *digest);
 
 #endif

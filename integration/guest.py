@@ -28,7 +28,7 @@ from typing import Self
 
 from integration.provision import Provisioned
 from qsteer import ethtool, qmp
-from qsteer.rss import BASE_TYPES, RssConfig
+from qsteer.rss import BASE_TYPES, HashType, RssConfig
 
 ACCEL = os.environ.get("QSTEER_ACCEL", "tcg")
 """QEMU's accelerator; tcg runs everywhere, and what is tested here does not depend on it."""
@@ -36,6 +36,12 @@ VCPUS = 4
 BOOT_TIMEOUT_S = 120.0
 COMMAND_TIMEOUT_S = 30.0
 
+_FLOWS = (
+    ("tcp4", HashType.TCP4, HashType.IP4),
+    ("udp4", HashType.UDP4, HashType.IP4),
+    ("tcp6", HashType.TCP6, HashType.IP6),
+    ("udp6", HashType.UDP6, HashType.IP6),
+)
 _WATCHER = "import signal, sys; sys.stdin.read(); signal.pidfd_send_signal(int(sys.argv[1]), signal.SIGKILL)"
 
 
@@ -72,6 +78,7 @@ class Guest:
         prefix: Sequence[str] = (),
         user: str = "root",
         pass_fds: Sequence[int] = (),
+        accel: str = ACCEL,
     ) -> None:
         self.name = name
         self._files = files
@@ -79,6 +86,7 @@ class Guest:
         self._arguments = arguments
         self._user = user
         self._pass_fds = pass_fds
+        self._accel = accel
         self._number = 0
         self._pending = b""
         self._open = contextlib.ExitStack()
@@ -133,7 +141,18 @@ class Guest:
 
     def _standard(self) -> tuple[str, ...]:
         return (
-            *("-name", self.name, "-accel", ACCEL, "-smp", str(VCPUS), "-m", "256", "-nodefaults", "-no-user-config"),
+            *(
+                "-name",
+                self.name,
+                "-accel",
+                self._accel,
+                "-smp",
+                str(VCPUS),
+                "-m",
+                "256",
+                "-nodefaults",
+                "-no-user-config",
+            ),
             *("-display", "none", "-kernel", str(self._files.kernel), "-initrd", str(self._files.initramfs)),
             *("-append", "console=ttyS0 quiet panic=-1 random.trust_cpu=on", "-no-reboot"),
             *("-global", "virtio-net-pci.romfile="),  # no network boot: it would cost a second
@@ -216,12 +235,23 @@ class Guest:
         """The device's address as the guest knows it."""
         return bytes.fromhex(self.run(f"cat /sys/class/net/{device}/address").strip().replace(":", ""))
 
-    def rss(self, device: str = "eth0") -> RssConfig:
-        """Key and table as the guest's own ethtool tells them; hash types are Linux's default, all six."""
+    def rss(self, device: str = "eth0", types: HashType = BASE_TYPES) -> RssConfig:
+        """Key and table as the guest's own ethtool tells them; ``types`` are by default Linux's, all six."""
         told = ethtool.parse(self.run(f"ethtool -x {device}"))
         if told.key is None:
             raise GuestError(f"guest {self.name}: {device} has no RSS key")
-        return RssConfig(types=BASE_TYPES, key=told.key, table=told.table)
+        return RssConfig(types=types, key=told.key, table=told.table)
+
+    def hash_types(self, device: str = "eth0") -> HashType:
+        """The hash types as ethtool tells them, flow type by flow type."""
+        types = HashType(0)
+        for flow, over_ports, over_addresses in _FLOWS:
+            told = self.run(f"ethtool -n {device} rx-flow-hash {flow}")
+            if "L4 bytes" in told:
+                types |= over_ports
+            if "IP SA" in told:
+                types |= over_addresses
+        return types
 
     def _collect(self, timeout_s: float) -> tuple[str, int]:
         """What is printed before the end of the current command, and the command's exit status."""

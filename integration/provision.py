@@ -5,7 +5,8 @@
 - a guest: Debian's cloud kernel and an initramfs of busybox, ethtool, the virtio modules and guest/; all of it is
   unpacked, not installed;
 - a QEMU of 9.0 or later that hands out its eBPF program (``request-ebpf``): the installed one if it will do, else one
-  unpacked under build/qemu (see apt.py), which replaces nothing.
+  unpacked under build/qemu (see apt.py), which replaces nothing;
+- for what must hold with every QEMU, one older than that and Debian unstable's, each unpacked likewise.
 
 Standard library only, so that ``python3 integration/provision.py`` works before anything is installed.
 """
@@ -44,6 +45,9 @@ QEMU_PACKAGE = "qemu-system-x86"
 QEMU_COMMAND = "qemu-system-x86_64"
 QEMU_OLDEST = (9, 0)
 """The first version with ``ebpf-rss-fds`` and ``request-ebpf``."""
+QEMU_NEW = (11, 1)
+"""The newest version that qsteer is known to go with; Debian unstable may be ahead of it."""
+UNSTABLE = "sid"
 GUEST_MODULES = ("virtio_pci", "virtio_net", "af_packet")
 
 
@@ -89,6 +93,18 @@ def provision_old_qemu() -> Path:
     apt.refresh_lists(QEMU_PACKAGE)
     old_enough = _upstream(apt.candidate(QEMU_PACKAGE)) < QEMU_OLDEST
     return _unpack_qemu(wrapper, suite="" if old_enough else GUEST_SUITE)
+
+
+def provision_new_qemu() -> Path:
+    """A QEMU of 11.1 or later: the installed one, or Debian unstable's.  Raises ProvisionError."""
+    installed = _installed_qemu()
+    if installed and _identity(installed).version >= QEMU_NEW:
+        return installed
+    wrapper = BUILD / "qemu-new" / QEMU_COMMAND
+    if _works(wrapper):
+        return wrapper
+    apt.refresh_lists(QEMU_PACKAGE)
+    return _unpack_qemu(wrapper, suite=UNSTABLE)
 
 
 @contextlib.contextmanager
@@ -283,24 +299,40 @@ def _upstream(debian_version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in found[1].split(".")) if found else ()
 
 
+# exec: the pid that was started is QEMU's.  Debian's QEMU looks for firmware under /usr by absolute path.
+_WRAPPER = f"""#!/bin/sh
+# SPDX-License-Identifier: BSD-2-Clause
+# An unpacked QEMU with the libraries and the firmware that came with it.
+root=$(dirname -- "$0")/root
+export LD_LIBRARY_PATH="$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu"
+export QEMU_MODULE_DIR="$root/usr/lib/x86_64-linux-gnu/qemu"
+exec "$root/usr/bin/{QEMU_COMMAND}" \\
+    -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" -L "$root/usr/lib/ipxe/qemu" "$@"
+"""
+
+# Its loader is the program that runs; -a is for whoever reads the command line.
+_WRAPPER_OWN_LIBC = f"""#!/bin/bash
+# SPDX-License-Identifier: BSD-2-Clause
+# An unpacked QEMU with the libraries, the C library included, and the firmware that came with it.
+root=$(dirname -- "$0")/root
+libraries=$root/usr/lib/x86_64-linux-gnu
+export QEMU_MODULE_DIR="$libraries/qemu"
+exec -a "$0" "$libraries/ld-linux-x86-64.so.2" --library-path "$libraries" "$root/usr/bin/{QEMU_COMMAND}" \\
+    -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" -L "$root/usr/lib/ipxe/qemu" "$@"
+"""
+
+
 def _unpack_qemu(wrapper: Path, *, suite: str) -> Path:
     home = wrapper.parent
     shutil.rmtree(home, ignore_errors=True)
+    # What another release has does not fit the installed packages.  An older one gets along with the machine's C
+    # library, which is the loader's; a newer one brings its own.
+    foreign = suite in (GUEST_SUITE, UNSTABLE)
+    own_libc = suite == UNSTABLE
     with tempfile.TemporaryDirectory(dir=BUILD, prefix="apt-") as name:
-        # What an older release has does not fit the installed packages; only the C library does, which is the loader's.
-        archives = apt.PrivateApt(Path(name), suite=suite, alone=suite == GUEST_SUITE).fetch(QEMU_PACKAGE)
-        apt.unpack([path for path in archives if not path.name.startswith("libc6_")], home / "root")
-    # exec: the pid that was started is QEMU's.  Debian's QEMU looks for firmware under /usr by absolute path.
-    wrapper.write_text(
-        "#!/bin/sh\n"
-        "# SPDX-License-Identifier: BSD-2-Clause\n"
-        "# An unpacked QEMU with the libraries and the firmware that came with it.\n"
-        'root=$(dirname -- "$0")/root\n'
-        'export LD_LIBRARY_PATH="$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu"\n'
-        'export QEMU_MODULE_DIR="$root/usr/lib/x86_64-linux-gnu/qemu"\n'
-        f'exec "$root/usr/bin/{QEMU_COMMAND}" \\\n'
-        '    -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" -L "$root/usr/lib/ipxe/qemu" "$@"\n'
-    )
+        archives = apt.PrivateApt(Path(name), suite=suite, alone=foreign).fetch(QEMU_PACKAGE)
+        apt.unpack([path for path in archives if own_libc or not path.name.startswith("libc6_")], home / "root")
+    wrapper.write_text(_WRAPPER_OWN_LIBC if own_libc else _WRAPPER)
     wrapper.chmod(0o755)
     if not _works(wrapper):
         raise ProvisionError(f"the unpacked QEMU does not start: {run(wrapper, '--version')}")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""The text that ``ethtool -x DEV`` prints: what ``show`` prints and what ``--from`` takes.
+"""ethtool's texts: that of ``ethtool -x``, which ``show`` prints and ``--from`` takes, and those that tell hash types.
 
 Theory of operation
 ===================
 
-The text is sections, each a heading and its lines.  The first three are ethtool's (6.1), the last two are qsteer's own,
-so that what ``show`` prints says everything and can be given back to ``--from``::
+The text of ``ethtool -x DEV`` is sections, each a heading and its lines.  The first three are ethtool's (6.1), the last
+two are qsteer's own, so that what ``show`` prints says everything and can be given back to ``--from``::
 
     RX flow hash indirection table for tap0 with 4 RX ring(s):
         0:      0     1     2     3
@@ -23,8 +23,13 @@ so that what ``show`` prints says everything and can be given back to ``--from``
 ethtool 6.8 and later add "RSS input transformation", which changes the hash as another hash function would.  A section
 that is not known may do so too, so it is refused like any other line that ethtool does not print.  The text may come
 out of a guest: its size is bounded before anything else, and no message repeats it unescaped.
+
+ethtool does not tell virtio's hash types as such.  ``ethtool -n DEV rx-flow-hash tcp4`` (and ``udp4``, ``tcp6``,
+``udp6``) names the fields that are hashed, and Linux's virtio_net makes that answer out of the types: ports and
+addresses if it has the TCP type, else addresses if it has the IP type, else none (virtnet_get_hashflow).
 """
 
+import enum
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +55,10 @@ _HEX = re.compile(r"[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2})*")
 _SWITCH = re.compile(r"([a-z0-9-]{1,32}): (on|off)")
 _QUEUE = re.compile(r"[0-9]{1,10}")
 _NAMES = re.compile(r"[a-z0-9,-]{1,128}")
+
+_ADDRESSES = ("IP SA", "IP DA")
+_PORTS = ("L4 bytes 0 & 1 [TCP/UDP src port]", "L4 bytes 2 & 3 [TCP/UDP dst port]")
+_RECEIVE_HASHING = re.compile(r"^receive-hashing: on\b", re.MULTILINE)
 
 _NOT_SUPPORTED = "Operation not supported"
 _NO_TYPES = "none"
@@ -104,6 +113,63 @@ def parse(text: str) -> Parsed:
         types=_parse_types(sections[_TYPES]) if _TYPES in sections else None,
         unclassified_queue=_parse_unclassified(sections[_UNCLASSIFIED]) if _UNCLASSIFIED in sections else None,
     )
+
+
+def has_no_table(text: str) -> bool:
+    """Whether ``ethtool -x DEV`` printed that the device has no indirection table (virtio_net without RSS)."""
+    lines = [line.strip() for line in text[:TEXT_MAX].split("\n") if line.strip()]
+    return len(lines) > 1 and bool(_HEADING.fullmatch(lines[0])) and lines[1] == _NOT_SUPPORTED
+
+
+class FlowHash(enum.Enum):
+    """What is hashed of a packet of one kind."""
+
+    NOTHING = ("None",)
+    ADDRESSES = _ADDRESSES
+    PORTS = _ADDRESSES + _PORTS
+    """Addresses and ports."""
+
+
+def parse_flow_hash(text: str, flow: str) -> FlowHash:
+    """What ``ethtool -n DEV rx-flow-hash FLOW`` printed; ``flow`` is ``tcp4``, ``udp4``, ``tcp6`` or ``udp6``.
+
+    Raises UsageError on anything else, and on a choice of fields that virtio cannot make.
+    """
+    heading = f"{flow[:3].upper()} over IPV{flow[3]} flows use these fields for computing Hash flow key:"
+    lines = [line.strip() for line in text[:TEXT_MAX].split("\n")]
+    if lines[0] != heading:
+        raise _unknown(1, lines[0])
+    fields = tuple(line for line in lines[1:] if line)
+    try:
+        return FlowHash(fields)
+    except ValueError:
+        raise _unknown(2, " ".join(fields)) from None
+
+
+def hash_types(flows: Mapping[str, FlowHash]) -> HashType:
+    """The hash types of a virtio_net that answers so for ``tcp4``, ``udp4``, ``tcp6`` and ``udp6``.
+
+    With ports in both answers of a family the IP type does not show; it is taken to be there, as it is whenever the
+    ports were chosen with ``ethtool -N`` (virtnet_set_hashflow).  Raises UsageError on answers that contradict each
+    other.
+    """
+    types = HashType(0)
+    for version in "46":
+        tcp, udp = flows[f"tcp{version}"], flows[f"udp{version}"]
+        if {tcp, udp} == {FlowHash.NOTHING, FlowHash.ADDRESSES}:
+            raise UsageError(f"IPv{version} is hashed for TCP or for UDP alone, which virtio cannot do")
+        if tcp is FlowHash.PORTS:
+            types |= HashType[f"TCP{version}"]
+        if udp is FlowHash.PORTS:
+            types |= HashType[f"UDP{version}"]
+        if FlowHash.NOTHING not in (tcp, udp):
+            types |= HashType[f"IP{version}"]
+    return types
+
+
+def parse_receive_hashing(text: str) -> bool:
+    """Whether ``ethtool -k DEV`` printed that receive-hashing is on."""
+    return bool(_RECEIVE_HASHING.search(text[:TEXT_MAX]))
 
 
 def _split(text: str, hint: str) -> Mapping[str, _Lines]:

@@ -1,17 +1,31 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Carries a plan out: each step with its undo, and the kernel's word on the result at the end."""
+"""Carries a plan out: each step with its undo, and the kernel's word on the result at the end.
+
+Theory of operation
+-------------------
+An undo is put down before the step that it undoes: it looks at what is there, and does nothing where the step has not
+come about.  So a step that fails halfway is undone as well.  What comes before the switch (a program that is loaded)
+belongs to nobody else, and goes with its fds.  The shared body's pin stays whatever happens: other taps may use it by
+then, and ``clean`` takes it away.
+
+A refreshed program works with the maps of the one whose place it takes, a static one as well: what is in them stays bit
+by bit, be it what no RssConfig can say, and QEMU, which may write into them meanwhile, is followed.
+
+Death at any point leaves the tap with the old program or with the new one, for the switch is one ioctl.  A hold is put
+before a program is taken off, and lifted after one is attached: between the two the hold counts.
+"""
 
 import contextlib
 import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from qsteer import holds, kernel, programs
-from qsteer.errors import BusyError, ConflictError, QsteerError, from_errno
-from qsteer.model import Process, Source, Tap
-from qsteer.plan import Attach, AttachHeld, Detach, Plan, PutHold, RefillBody, RemoveHold, Step
+from qsteer.errors import BusyError, ConflictError, QsteerError, from_errno, printable
+from qsteer.model import Process, ProgramInfo, Tap
+from qsteer.plan import Attach, AttachHeld, Detach, Plan, PutHold, RefillBody, Refresh, RemoveHold, Step
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +64,7 @@ def execute(plan: Plan) -> int:
     with _queue_fd(plan.tap) as fd, _program_before(plan.tap) as before, contextlib.ExitStack() as undo:
         change = _Change(tap=plan.tap, fd=fd, before=before, undo=undo)
         for step in plan.steps:
-            log.info("%s: %s", plan.tap.name, step)
+            log.info("%s: %s", printable(plan.tap.name), step)
             change.carry_out(step)
         found = kernel.queue_of(fd).program_id
         if found != change.attached:
@@ -108,55 +122,94 @@ class _Change:
 
     def carry_out(self, step: Step) -> None:
         """Do one step, and remember its undo."""
-        tap = self._tap
         match step:
             case Attach():
-                program = programs.load_program(
-                    tap=tap.name, source=Source.STATIC, config=step.config, displaced=step.displaced
+                self._load_and_attach(
+                    lambda: programs.load_program(
+                        tap=self._tap.name, source=step.source, config=step.config, displaced=step.displaced
+                    )
                 )
-                try:
-                    self._attach(program.prog_fd, program.id)
-                finally:
-                    program.close()
+            case Refresh():
+                self._load_and_attach(
+                    lambda: programs.load_program(
+                        tap=self._tap.name,
+                        source=step.source,
+                        displaced=step.displaced,
+                        maps_of=self._attached_program(),
+                    )
+                )
             case AttachHeld():
                 with kernel.fd_of_process(self._holder().pid, step.fd) as prog_fd:
                     if programs.program_info_of(prog_fd).id != step.program_id:
                         raise BusyError(f"QEMU does not hold program {step.program_id} any more", hint="try again")
                     self._attach(prog_fd, step.program_id)
             case RefillBody():
-                assert tap.program
-                programs.refill_bodies(tap.program)
+                program = self._attached_program()
+                self._on_failure("the shared body stays pinned", programs.unpin_refilled, program)
+                programs.refill_bodies(program)
             case Detach():
+                self._changes_to(0)
                 kernel.detach(self._fd)
-                self._changed_to(0)
             case PutHold():
-                hold = holds.Hold(tap=tap.name, pid=self._holder().pid, started=self._holder().started)
-                holds.put(hold, netns=tap.netns, ifindex=tap.ifindex)
-                self._undo.callback(holds.remove, netns=tap.netns, ifindex=tap.ifindex)
+                hold = holds.Hold(tap=self._tap.name, pid=self._holder().pid, started=self._holder().started)
+                self._changes_hold()
+                holds.put(hold, netns=self._tap.netns, ifindex=self._tap.ifindex)
             case RemoveHold():
-                found = holds.find(netns=tap.netns, ifindex=tap.ifindex)
-                holds.remove(netns=tap.netns, ifindex=tap.ifindex)
-                if found:
-                    self._undo.callback(holds.put, found, netns=tap.netns, ifindex=tap.ifindex)
+                self._changes_hold()
+                holds.remove(netns=self._tap.netns, ifindex=self._tap.ifindex)
 
     def _holder(self) -> Process:
         if not self._tap.holder:
             raise BusyError(f'the process that holds tap "{self._tap.name}" went away')
         return self._tap.holder
 
-    def _attach(self, prog_fd: int, program_id: int) -> None:
-        kernel.attach(self._fd, prog_fd)
-        self._changed_to(program_id)
+    def _attached_program(self) -> ProgramInfo:
+        if not self._tap.program:
+            raise BusyError(f'what is attached to tap "{self._tap.name}" is not known', hint="try again")
+        return self._tap.program
 
-    def _changed_to(self, program_id: int) -> None:
+    def _load_and_attach(self, load: Callable[[], programs.Program]) -> None:
+        program = load()
+        try:
+            self._attach(program.prog_fd, program.id)
+        finally:
+            program.close()
+
+    def _attach(self, prog_fd: int, program_id: int) -> None:
+        self._changes_to(program_id)
+        kernel.attach(self._fd, prog_fd)
+
+    def _changes_to(self, program_id: int) -> None:
         self.attached = program_id
-        self._undo.callback(self._put_back, program_id)
+        self._on_failure("what steered it is not put back", self._put_back, program_id)
 
     def _put_back(self, program_id: int) -> None:
         """Back to what was attached before, unless something else has attached another program since."""
-        if kernel.queue_of(self._fd).program_id != program_id:
-            return
+        # Where the kernel does not tell, what was attached a moment ago is taken to be still there.
+        with contextlib.suppress(QsteerError):
+            if kernel.queue_of(self._fd).program_id != program_id:
+                return
         if self._before is None:
             kernel.detach(self._fd)
         else:
             kernel.attach(self._fd, self._before)
+
+    def _changes_hold(self) -> None:
+        found = holds.stored(netns=self._tap.netns, ifindex=self._tap.ifindex)
+        self._on_failure("its hold is not as it was", self._put_hold_back, found)
+
+    def _put_hold_back(self, found: bytes | None) -> None:
+        netns, ifindex = self._tap.netns, self._tap.ifindex
+        if holds.stored(netns=netns, ifindex=ifindex) != found:
+            holds.restore(found, netns=netns, ifindex=ifindex)
+
+    def _on_failure(self, lost: str, undo: Callable[..., None], *arguments: object) -> None:
+        """Have an undo run if a step fails.  One that fails itself is told, and does not hide why the plan failed."""
+
+        def run() -> None:
+            try:
+                undo(*arguments)
+            except QsteerError as error:
+                log.error("tap %s: %s: %s", printable(self._tap.name), lost, printable(str(error)))
+
+        self._undo.callback(run)

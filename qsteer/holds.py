@@ -14,6 +14,8 @@ from qsteer import procs
 from qsteer.errors import from_errno
 
 RUNTIME = Path("/run/qsteer")
+NEW = ".new"
+"""What a hold's file is called until it is whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +46,37 @@ def find(*, netns: int, ifindex: int) -> Hold | None:
 
 def put(hold: Hold, *, netns: int, ifindex: int) -> None:
     """Store a hold, in one step.  Raises QsteerError."""
+    restore((json.dumps(asdict(hold)) + "\n").encode(), netns=netns, ifindex=ifindex)
+
+
+def stored(*, netns: int, ifindex: int) -> bytes | None:
+    """A hold's file as it is, for ``restore``; None for none.  Raises QsteerError."""
     path = _path(netns, ifindex)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise from_errno(error.errno or 0, f"cannot read the hold {path}") from None
+
+
+def restore(content: bytes | None, *, netns: int, ifindex: int) -> None:
+    """Make a hold's file what it was when ``stored`` looked, in one step.  Raises QsteerError."""
+    path = _path(netns, ifindex)
+    if content is None:
+        remove(netns=netns, ifindex=ifindex)
+        return
+    new = path.with_suffix(NEW)
     try:
         RUNTIME.mkdir(mode=0o755, exist_ok=True)
         path.parent.mkdir(mode=0o755, exist_ok=True)
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(asdict(hold)) + "\n")
-        new.replace(path)
+        try:
+            new.write_bytes(content)
+            new.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise from_errno(error.errno or 0, f"cannot store the hold in {path}") from None
 
@@ -64,10 +90,18 @@ def remove(*, netns: int, ifindex: int) -> None:
 
 
 def forget_ended() -> None:
-    """Remove the holds whose processes are gone; what cannot be read or removed stays."""
+    """Remove the holds whose processes are gone, and what a qsteer that was killed had half written.
+
+    Only for who has execute's lock.  What cannot be read or removed stays.
+    """
     with contextlib.suppress(OSError):
         for path in (RUNTIME / "holds").iterdir():
             with contextlib.suppress(OSError, ValueError, TypeError):
-                hold = Hold(**json.loads(path.read_text()))
-                if not hold.is_of(hold.pid):
+                if path.suffix == NEW or has_ended(path):
                     path.unlink()
+
+
+def has_ended(path: Path) -> bool:
+    """Whether the process that a hold's file names is gone.  Raises OSError, ValueError or TypeError on other files."""
+    hold = Hold(**json.loads(path.read_text()))
+    return not hold.is_of(hold.pid)

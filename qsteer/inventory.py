@@ -1,93 +1,94 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""What is there: every tap of the host that some process holds, the VM behind it, and what steers it."""
+"""What is there: every tap of the host, the VM behind it, and what steers it; and the NICs that have no tap.
+
+Theory of operation
+===================
+
+The kernel says which taps some process has open, by which queues, and what steers them.  rtnetlink adds those that
+nobody has open, in qsteer's own network namespace and in those with a name.  Who a process is comes from libvirt's
+status files, else from its command line.  Each process, program and directory is looked at once, however many taps
+there are.
+
+What takes a right that is missing is left out and noted, unless ``strict`` asks for the error.
+"""
 
 import itertools
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from qsteer import holds, kernel, procs, programs, qemuargs
+from qsteer import holds, kernel, namespaces, tuns
+from qsteer.attached import Programs
 from qsteer.errors import QsteerError
-from qsteer.model import Held, Inventory, Kind, MapsContent, Nic, OpenQueue, Process, ProgramInfo, Tap
+from qsteer.model import Inventory, OpenQueue, Process, ProgramInfo, Tap
+from qsteer.tuns import Tun
+from qsteer.vms import Vms, several
+
+_MODULE_LOADED = Path("/sys/module/tun/initstate")
+_MODULE_BTF = Path("/sys/kernel/btf/tun")
+
+_Place = tuple[int, int]
+"""A network namespace's inode number, and an ifindex in it."""
 
 
-def fetch() -> Inventory:
-    """Every tap that some process has open.  Raises QsteerError where the kernel does not let qsteer look."""
-    processes: dict[int, Process | None] = {}
-    attached: dict[int, ProgramInfo | None] = {}
-    held: dict[int, tuple[Held, ...]] = {}
-    taps = []
-    queues = [queue for queue in kernel.open_queues() if queue.is_tap]
-    for _, group in itertools.groupby(queues, key=lambda queue: (queue.netns, queue.ifindex)):
-        of_tap = tuple(group)
-        for pid in {queue.pid for queue in of_tap} - processes.keys():
-            processes[pid] = procs.read(pid)
-        holder = _holder(of_tap, processes)
-        if holder and holder.args and holder.pid not in held:
-            held[holder.pid] = _held(holder.pid)
-        taps.append(_tap(of_tap, holder, held.get(holder.pid, ()) if holder else (), attached))
-    return Inventory(taps=tuple(taps))
+def fetch(*, strict: bool = True) -> Inventory:
+    """Every tap, and every NIC of a VM without one.
 
-
-def _holder(queues: tuple[OpenQueue, ...], processes: Mapping[int, Process | None]) -> Process | None:
-    found = [process for queue in queues if (process := processes[queue.pid])]
-    return next((process for process in found if process.args), found[0] if found else None)
-
-
-def _held(pid: int) -> tuple[Held, ...]:
-    found = []
-    for program_id, fd in procs.held_programs(pid).items():
-        info = _program(program_id)
-        if info and info.has_maps:
-            found.append(Held(fd=fd, info=info, content=_content(info)))
-    return tuple(found)
-
-
-def _program(program_id: int) -> ProgramInfo | None:
-    """None where the program is gone again, or may not be looked at."""
+    Raises QsteerError where the kernel does not let qsteer look at what is attached; without ``strict`` the inventory's
+    notes say what could not be seen, and its taps are as rtnetlink and /proc know them: without queues.
+    """
+    notes: list[str] = []
+    names, own = namespaces.named(), namespaces.own()
+    names.pop(own, None)
+    # Before the queues: what is opened in between is no tap that nobody has open.
+    devices = _devices(names, own, notes)
     try:
-        return programs.program_info(program_id)
-    except QsteerError:
-        return None
+        queues: tuple[OpenQueue, ...] | None = kernel.open_queues()
+    except QsteerError as error:
+        if strict:
+            raise
+        queues = None
+        notes.append(_why_unseen(error))
+    vms = Vms({queue.pid for queue in queues or ()})
+    notes += vms.notes
+    if queues is None:
+        taps = tuple(_taps_unseen(devices, names, vms))
+    else:
+        held = tuple(_taps_held(queues, names, vms))
+        taps = (*held, *_taps_unheld(devices, held, names, notes))
+    return Inventory(
+        taps=tuple(sorted(taps, key=lambda tap: (tap.netns, tap.ifindex))),
+        unsteerable=tuple(vms.unsteerable()),
+        notes=tuple(notes),
+    )
 
 
-def _content(info: ProgramInfo) -> MapsContent | None:
-    if not info.has_maps:
-        return None
-    try:
-        return programs.read_maps(info)
-    except QsteerError:
-        return None
-
-
-def _body_present(program: ProgramInfo | None) -> bool:
-    """As far as can be seen."""
-    if not program or program.kind is not Kind.QSTEER:
-        return True
-    try:
-        return programs.body_present(program)
-    except QsteerError:
-        return True
-
-
-def _holders(program: ProgramInfo | None) -> tuple[int, ...]:
-    """Who may have attached a foreign program: the kernel does not keep it, but whoever has it open may tell."""
-    return procs.holders_of_program(program.id) if program and program.kind is Kind.FOREIGN else ()
+def _taps_held(queues: Sequence[OpenQueue], names: Mapping[int, str], vms: Vms) -> Iterator[Tap]:
+    """The taps that some process has open."""
+    of_taps = (queue for queue in queues if queue.is_tap)
+    groups = [tuple(group) for _, group in itertools.groupby(of_taps, key=lambda queue: (queue.netns, queue.ifindex))]
+    taps_of = Counter(pid for group in groups for pid in {queue.pid for queue in group})
+    programs = Programs()
+    for group in groups:
+        yield _tap(group, names.get(group[0].netns), vms, taps_of, programs)
 
 
 def _tap(
-    queues: tuple[OpenQueue, ...],
-    holder: Process | None,
-    held: tuple[Held, ...],
-    attached: dict[int, ProgramInfo | None],
+    queues: tuple[OpenQueue, ...], netns_name: str | None, vms: Vms, taps_of: Mapping[int, int], programs: Programs
 ) -> Tap:
     first = queues[0]
-    if first.program_id and first.program_id not in attached:
-        attached[first.program_id] = _program(first.program_id)
-    program = attached.get(first.program_id)
+    holder = _holder(queues, vms)
+    pid = holder.pid if holder else 0
+    fds = {queue.fd for queue in queues if queue.pid == pid}
+    program = programs.info(first.program_id)
     hold = holds.find(netns=first.netns, ifindex=first.ifindex)
     return Tap(
         name=first.tap,
         ifindex=first.ifindex,
         netns=first.netns,
+        netns_name=netns_name,
         active=first.active,
         disabled=first.disabled,
         multi_queue=first.multi_queue,
@@ -95,15 +96,20 @@ def _tap(
         queues=queues,
         program_id=first.program_id,
         program=program,
-        content=_content(program) if program else None,
-        body_present=_body_present(program),
-        program_holders=_holders(program),
+        content=programs.content(program),
+        body_present=programs.body_present(program),
+        program_holders=programs.holders(program),
         holder=holder,
-        domain=None,
-        nic=_nic(first.tap, queues, holder),
-        held=tuple(one for one in held if _may_be_for(one.info, first)),
+        domain=vms.domains.get(pid),
+        nic=vms.nic_of(pid, first.tap, fds, only_one=taps_of.get(pid) == 1),
+        held=tuple(one for one in programs.held(pid, vms.files.get(pid)) if _may_be_for(one.info, first)),
         hold=bool(hold and any(hold.is_of(queue.pid) for queue in queues)),
     )
+
+
+def _holder(queues: Sequence[OpenQueue], vms: Vms) -> Process | None:
+    found = [process for queue in queues if (process := vms.processes[queue.pid])]
+    return next((process for process in found if process.args), found[0] if found else None)
 
 
 def _may_be_for(program: ProgramInfo, queue: OpenQueue) -> bool:
@@ -111,28 +117,91 @@ def _may_be_for(program: ProgramInfo, queue: OpenQueue) -> bool:
     return not program.ident or program.ident.tap == queue.tap or program.id == queue.program_id
 
 
-def _nic(tap: str, queues: tuple[OpenQueue, ...], holder: Process | None) -> Nic | None:
-    """The NIC behind a tap: by the netdev's ifname, by its fd numbers, or because there is only one netdev."""
-    if not holder or not holder.args:
-        return None
-    args = holder.args
-    netdevs = [netdev for netdev in args.netdevs if netdev.kind in ("tap", "bridge")]
-    numbers = {str(queue.fd) for queue in queues if queue.pid == holder.pid}
-    found = [netdev for netdev in netdevs if netdev.ifname == tap or numbers & set(netdev.fds)]
-    if not found and len(netdevs) == 1 and not netdevs[0].ifname and not netdevs[0].fds:
-        found = netdevs
-    if len(found) != 1:
-        return None
-    netdev = found[0]
-    devices = [device for device in args.devices if netdev.id and device.netdev == netdev.id]
-    if len(devices) != 1 or not devices[0].driver.startswith("virtio-net"):
-        return None
-    own = qemuargs.defaults_of(args, devices[0].driver) | dict(devices[0].properties)
-    mac = own.get("mac")
-    return Nic(
-        id=devices[0].id,
-        netdev=netdev.id,
-        mac=mac.lower() if isinstance(mac, str) else None,
-        rss=bool(qemuargs.parse_bool(own.get("rss"))),
-        vhost=bool(netdev.vhost),
+def _devices(names: Mapping[int, str], own: int, notes: list[str]) -> dict[_Place, Tun]:
+    """The taps of qsteer's network namespace, and of those with a name."""
+    if not tuns.driver_is_loaded():
+        return {}
+    found: dict[_Place, Tun] = {}
+    failed: dict[str, QsteerError] = {}
+    here = tuns.in_sysfs()
+    answers: Mapping[str, tuple[Tun, ...] | QsteerError] = {}
+    if names or here is None:
+        from qsteer import links  # takes a while
+
+        answers = namespaces.visit(names.values(), links.tuns)
+        here = links.tuns() if here is None else here
+    for netns, name in names.items():
+        answer = answers[name]
+        if isinstance(answer, QsteerError):
+            failed[name] = answer
+        else:
+            found |= {(netns, tun.ifindex): tun for tun in answer if tun.is_tap}
+    if failed:
+        first = next(iter(failed.values()))
+        reason = os.strerror(first.errno) if first.errno else first
+        notes.append(f"not looked into network namespace {several(failed)} for taps that no process has open: {reason}")
+    return found | {(own, tun.ifindex): tun for tun in here if tun.is_tap}
+
+
+def _taps_unheld(
+    devices: Mapping[_Place, Tun], held: Sequence[Tap], names: Mapping[int, str], notes: list[str]
+) -> list[Tap]:
+    """The persistent taps that no process has open."""
+    seen = {(tap.netns, tap.ifindex) for tap in held}
+    found = [
+        _device_tap(tun, netns, names.get(netns), unheld=True)
+        for (netns, ifindex), tun in devices.items()
+        if tun.persistent and (netns, ifindex) not in seen
+    ]
+    if found:
+        notes.append(f"what steers {several(tap.name for tap in found)} cannot be seen: no process has it open")
+    return found
+
+
+def _taps_unseen(devices: Mapping[_Place, Tun], names: Mapping[int, str], vms: Vms) -> Iterator[Tap]:
+    """The taps, where the kernel does not let qsteer look at who has them open: as far as /proc tells."""
+    holders = vms.taps_open()
+    same_name = Counter(tun.name for tun in devices.values())
+    taps_of = Counter(pid for of_process in holders.values() for pid in of_process)
+    for (netns, _), tun in devices.items():
+        tap = _device_tap(tun, netns, names.get(netns), unheld=False)
+        of_process = holders.get(tun.name, {})
+        # /proc tells the name of the tap, but not where it is.
+        if len(of_process) == 1 and same_name[tun.name] == 1:
+            ((pid, fds),) = of_process.items()
+            nic = vms.nic_of(pid, tun.name, fds, only_one=taps_of[pid] == 1)
+            tap = replace(tap, holder=vms.qemus[pid], domain=vms.domains.get(pid), nic=nic)
+        yield tap
+
+
+def _device_tap(tun: Tun, netns: int, netns_name: str | None, *, unheld: bool) -> Tap:
+    """A tap of which nothing but the device is known."""
+    return Tap(
+        name=tun.name,
+        ifindex=tun.ifindex,
+        netns=netns,
+        netns_name=netns_name,
+        active=0 if unheld else tun.active,
+        disabled=0,
+        multi_queue=tun.multi_queue,
+        persistent=tun.persistent,
+        queues=(),
+        program_id=0,
+        program=None,
+        content=None,
+        body_present=True,
+        program_holders=(),
+        holder=None,
+        domain=None,
+        nic=None,
+        held=(),
+        hold=False,
+        unheld=unheld,
     )
+
+
+def _why_unseen(error: QsteerError) -> str:
+    hint = f" ({error.hint})" if error.hint else ""
+    if _MODULE_LOADED.exists() and not _MODULE_BTF.exists():
+        hint = f" (tun is a module, and {_MODULE_BTF}, which describes it, is missing)"
+    return f"{error}{hint}"

@@ -11,7 +11,9 @@ from typing import Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from qsteer._shim import lib
 from qsteer.errors import NotFoundError, UsageError, from_errno
+from qsteer.tuns import Tun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,27 @@ def configure(tap: str, *, mac: str | None = None, mtu: int | None = None, bridg
                 route.link("set", index=link.index, **change)
     except (NetlinkError, OSError) as error:
         raise from_errno(_errno(error), f"cannot {what}") from None
+
+
+def tuns() -> tuple[Tun, ...]:
+    """The tun devices of the network namespace that the calling thread is in.  Raises QsteerError."""
+    try:
+        with IPRoute() as route:
+            found = [_tun(message) for message in route.link("dump") if message.get(("linkinfo", "kind")) == "tun"]
+    except (NetlinkError, OSError) as error:
+        raise from_errno(_errno(error), "cannot list this network namespace's devices") from None
+    return tuple(found)
+
+
+def _tun(message: Any) -> Tun:
+    return Tun(
+        name=message.get("ifname"),
+        ifindex=message["index"],
+        is_tap=message.get(("linkinfo", "data", "tun_type")) == lib.IFF_TAP,
+        persistent=bool(message.get(("linkinfo", "data", "tun_persist"))),
+        multi_queue=bool(message.get(("linkinfo", "data", "tun_multi_queue"))),
+        active=message.get(("linkinfo", "data", "tun_num_queues")) or 0,
+    )
 
 
 def _find(route: Any, name: str) -> Link | None:

@@ -40,8 +40,8 @@ class Kind(enum.StrEnum):
 class Ident:
     """What one of qsteer's programs says about itself in its frozen rodata.
 
-    ``displaced`` is the id of the QEMU program that it took off, 0 for none; ``outdated`` that its ABI is another one
-    than this qsteer's, which is not an error.
+    ``displaced`` is the id of the QEMU program that it took off, 0 for none; ``outdated`` that another version of
+    qsteer loaded it, which is not an error.
     """
 
     abi: int
@@ -207,7 +207,10 @@ class Tap:
     ``program_id`` is the kernel's word (0: none); ``program`` is None too where looking at it takes a right that is
     missing.  ``program_holders`` are the pids that have a foreign program open.  ``nic`` is None where the command line
     does not tell (a NIC plugged in later).  ``held`` are the programs of this tap's VM with QEMU's maps, and only those
-    which may be meant for this tap.
+    which may be meant for this tap.  ``netns_name`` is the name of its network namespace, None for qsteer's own and for
+    one without a name.  ``unheld`` is a persistent tap that no process has open: what steers it cannot be seen.
+    ``unread`` says why the guest could not be asked.  ``used`` are the buffers that QEMU's device has used of each
+    receive queue, modulo 65536.
     """
 
     name: str
@@ -228,7 +231,11 @@ class Tap:
     nic: Nic | None
     held: tuple[Held, ...]
     hold: bool
+    netns_name: str | None = None
+    unheld: bool = False
     reading: Reading | None = None
+    unread: tuple[str, ...] = ()
+    used: tuple[int | None, ...] | None = None
 
     @property
     def attached(self) -> int:
@@ -239,6 +246,22 @@ class Tap:
     def steerable(self) -> bool:
         """Whether there is a choice of queues."""
         return self.multi_queue and self.attached > 1
+
+    @property
+    def given(self) -> Held | None:
+        """qsteer's program that QEMU was started with for this tap, and into whose maps it writes."""
+        idents = ((held, held.info.ident) for held in self.held)
+        return next((held for held, ident in idents if ident and ident.source is Source.SHARED_MAPS), None)
+
+    @property
+    def loaded_by_qemu(self) -> Held | None:
+        """A program that QEMU loaded itself."""
+        return next((held for held in self.held if held.info.kind is Kind.QEMU), None)
+
+    @property
+    def steered_in_software(self) -> bool:
+        """Whether QEMU itself moves packets to the guest's queues, or will once the guest asks for RSS."""
+        return bool(self.nic and self.nic.rss and not self.nic.vhost and not self.held)
 
     @property
     def vm(self) -> Process | None:

@@ -4,13 +4,16 @@
 A plan is carried out by ``execute`` and printed by ``--dry-run``; both see the same steps.
 """
 
+import hashlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from qsteer.errors import ConflictError, UnsupportedError
-from qsteer.model import Held, Kind, ProgramInfo, Source, Tap
+from qsteer.errors import BusyError, ConflictError, UnsupportedError
+from qsteer.model import Held, Kind, ProgramInfo, Reading, Source, Tap
 from qsteer.rss import BASE_TYPES, KEY_BYTES, TABLE_MAX, HashType, RssConfig
+
+_READ = {Source.DEVICE_STATE, Source.GUEST_AGENT}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,11 +21,26 @@ class Attach:
     """Load a new program with a configuration in its maps, and attach it in place of whatever is there."""
 
     config: RssConfig
+    source: Source
     displaced: int
 
     def __str__(self) -> str:
         taken_off = f", in place of program {self.displaced}" if self.displaced else ""
         return f"load a steering program with a table of {len(self.config.table)} entries and attach it{taken_off}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refresh:
+    """Load this qsteer's program over the maps of the attached program, and attach it in its place.
+
+    QEMU goes on writing into the maps, and is followed.
+    """
+
+    source: Source
+    displaced: int
+
+    def __str__(self) -> str:
+        return "load a steering program over the maps of the attached one, and attach it in its place"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +86,7 @@ class RemoveHold:
         return "remove the hold"
 
 
-Step = Attach | AttachHeld | RefillBody | Detach | PutHold | RemoveHold
+Step = Attach | AttachHeld | Refresh | RefillBody | Detach | PutHold | RemoveHold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +119,19 @@ class Static:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What ``apply`` was asked for.  ``source`` None is ``auto``."""
+    """What ``apply`` was asked for.  ``source`` None is ``auto``.
+
+    ``expect`` is the ``revision`` that the tap must have.  ``allow_pause`` lets a source stop the VM for a moment.
+    """
 
     source: Source | None = None
     static: Static = Static()
     replace: bool = False
     force: bool = False
+    if_absent: bool = False
+    expect: str | None = None
+    refresh: bool = False
+    allow_pause: bool = False
 
 
 def describe(program: ProgramInfo) -> str:
@@ -115,72 +140,178 @@ def describe(program: ProgramInfo) -> str:
     return f'program {program.id} ("{name}", tag {program.tag}, loaded by uid {program.uid})'
 
 
+def revision(tap: Tap) -> str:
+    """Twelve hexadecimal digits that change with what steers a tap: the program, its configuration, a hold."""
+    config = tap.content.config if tap.content else None
+    known = (tap.netns, tap.ifindex, tap.program_id, config, tap.hold)
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:12]
+
+
+def readings_wanted(tap: Tap, wanted: Wanted) -> tuple[Source, ...]:
+    """The sources that have to be asked before this tap can be planned for, best first; none for most."""
+    if not tap.steerable or wanted.static or (wanted.if_absent and tap.program_id):
+        return ()
+    if wanted.source:
+        return (wanted.source,) if wanted.source in _READ else ()
+    if not tap.nic or not tap.nic.rss or _follows_maps(tap):
+        return ()
+    own = tap.program.ident if tap.program else None
+    if tap.program_id and not wanted.replace and not (own and own.source in _READ):
+        return ()
+    return (Source.DEVICE_STATE, Source.GUEST_AGENT) if wanted.allow_pause else (Source.GUEST_AGENT,)
+
+
+def _follows_maps(tap: Tap) -> bool:
+    """Whether QEMU writes what the guest sets into maps.  With vhost, QEMU 10.1 and later may not, and does not say."""
+    enabled = any(held.content and held.content.enabled for held in tap.held)
+    return bool(tap.held) and (enabled or not (tap.nic and tap.nic.vhost))
+
+
 def plan_apply(tap: Tap, wanted: Wanted, *, random_key: Callable[[int], bytes] = secrets.token_bytes) -> Plan:
     """Steer a tap.
 
-    Raises ConflictError (a foreign program, or QEMU's own, is attached and ``replace`` is not given) and
-    UnsupportedError (nothing to steer, software steering, a guest's table that cannot be read).
+    Raises ConflictError (a foreign program, or QEMU's own, is attached and ``replace`` is not given), BusyError (it is
+    not what was expected) and UnsupportedError (nothing to steer, software steering, a guest's table that cannot be
+    read).
     """
     if not tap.steerable:
         raise UnsupportedError(f'tap "{tap.name}" has a single queue: there is nothing to steer')
+    _refuse_unexpected(tap, wanted.expect)
+    if wanted.if_absent and tap.program_id:
+        note = f"program {tap.program_id} is attached, and stays: --if-absent"
+        return Plan(tap=tap, steps=(), result="unchanged", source=None, program_id=tap.program_id, notes=(note,))
+    if wanted.refresh:
+        return _refresh(tap) or _nothing_to_refresh(tap)
     if wanted.source is Source.STATIC or wanted.static:
         return _apply_static(tap, wanted, random_key)
     return _apply_auto(tap, wanted, random_key)
 
 
-def _apply_auto(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) -> Plan:
-    """The best source that works: QEMU's own program, the one it was given, what is attached, an even spread."""
-    attached, shared, qemus = tap.program, _shared_maps(tap), _of_qemu(tap)
-    if attached and attached.kind is Kind.QEMU and not wanted.source and not wanted.replace:
-        return _unchanged(tap, Source.QEMU_MAPS)
-    _refuse_foreign(tap, wanted)
-    if shared:
-        return _apply_shared(tap, wanted, shared)
-    if wanted.source:
-        raise UnsupportedError(
-            f'the QEMU behind tap "{tap.name}" has no program of qsteer\'s to write into: no {wanted.source}',
-            hint="qsteer run starts a VM that has",
+def _refuse_unexpected(tap: Tap, expect: str | None) -> None:
+    if expect is not None and expect != (found := revision(tap)):
+        raise BusyError(
+            f'tap "{tap.name}" is at revision {found}, not {expect}: it has changed',
+            hint="look again: qsteer status -j",
         )
+
+
+def _refresh(tap: Tap) -> Plan | None:
+    """Swap a program of another version of qsteer for this one's; None if there is none."""
+    ident = tap.program.ident if tap.program else None
+    if not ident or not ident.outdated or not ident.source:
+        return None
+    again = Source.SHARED_MAPS is ident.source
+    return Plan(
+        tap=tap,
+        steps=(Refresh(source=ident.source, displaced=ident.displaced), *_lift_hold(tap)),
+        result="refreshed",
+        source=ident.source,
+        program_id=None,
+        notes=("QEMU holds the old program, and attaches that when the guest sets RSS again",) if again else (),
+    )
+
+
+def _nothing_to_refresh(tap: Tap) -> Plan:
+    ours = tap.program and tap.program.kind is Kind.QSTEER
+    note = "it is this version's program" if ours else "no program of qsteer's is attached"
+    return Plan(
+        tap=tap,
+        steps=(),
+        result="unchanged",
+        source=None,
+        program_id=tap.program_id,
+        notes=(f"nothing to refresh: {note}",),
+    )
+
+
+def _apply_auto(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) -> Plan:
+    """The best source that works: maps that QEMU writes, what was read from the guest, what is attached, a spread."""
+    attached, shared, qemus = tap.program, tap.given, tap.loaded_by_qemu
+    if attached and attached.kind is Kind.QEMU and wanted.source in (None, Source.QEMU_MAPS):
+        return _over_qemus(tap, attached) if wanted.replace else _unchanged(tap, Source.QEMU_MAPS)
+    _refuse_foreign(tap, wanted)
+    if tap.reading and (wanted.source in _READ or tap.reading.config or not tap.held):
+        return _apply_reading(tap, wanted, tap.reading)
+    if shared and wanted.source in (None, Source.SHARED_MAPS):
+        return _apply_held(tap, wanted, shared, Source.SHARED_MAPS)
+    if qemus and (wanted.source is Source.QEMU_MAPS or _over(tap, qemus)):
+        return _apply_held(tap, wanted, qemus, Source.QEMU_MAPS)
+    if wanted.source:
+        raise _cannot_follow(tap, wanted.source)
     if attached and attached.ident and tap.body_present:
         return _unchanged(tap, attached.ident.source)
     if tap.nic and tap.nic.rss and not attached:
-        _refuse_software(tap, wanted)
         if qemus:
             return _ready(tap, Source.QEMU_MAPS, "QEMU attaches its own program when the guest asks for RSS")
+        _refuse_software(tap, wanted)
+        why = _why_unread(tap, wanted)
         raise UnsupportedError(
-            f'the guest behind tap "{tap.name}" is offered RSS, and its table cannot be read from here',
+            f'the guest behind tap "{tap.name}" is offered RSS, and its table cannot be read: {why}',
             hint="--source static steers by a table of yours",
         )
     return _apply_static(tap, wanted, random_key)
 
 
-def _apply_shared(tap: Tap, wanted: Wanted, shared: Held) -> Plan:
-    """Follow the guest through the program that QEMU was started with."""
-    if tap.program_id == shared.info.id:
-        if not tap.body_present and shared.info.ident and shared.info.ident.outdated:
-            raise UnsupportedError(
-                f'the shared body of tap "{tap.name}" is gone, and was that of another version of qsteer',
-                hint="restart the VM with qsteer run, or --source static",
-            )
+def _cannot_follow(tap: Tap, source: Source) -> UnsupportedError:
+    if source is Source.SHARED_MAPS:
+        return UnsupportedError(
+            f'the QEMU behind tap "{tap.name}" has no program of qsteer\'s to write into: no {source}',
+            hint="qsteer run starts a VM that has",
+        )
+    if source is Source.QEMU_MAPS:
+        return UnsupportedError(
+            f'the QEMU behind tap "{tap.name}" has loaded no program of its own: no {source}',
+            hint="it takes a QEMU that may load BPF, with rss=on",
+        )
+    return UnsupportedError(f'the configuration of the guest behind tap "{tap.name}" was not read: no {source}')
+
+
+def _why_unread(tap: Tap, wanted: Wanted) -> str:
+    pause = () if wanted.allow_pause else ("device-state takes --allow pause",)
+    return "; ".join((*pause, *tap.unread)) or "no source"
+
+
+def _over_qemus(tap: Tap, qemus: ProgramInfo) -> Plan:
+    """qsteer's program in place of QEMU's own, over the very maps that QEMU writes."""
+    return Plan(
+        tap=tap,
+        steps=(Refresh(source=Source.QEMU_MAPS, displaced=qemus.id), *_lift_hold(tap)),
+        result="replaced",
+        source=Source.QEMU_MAPS,
+        program_id=None,
+        notes=(*_displaces(tap), "QEMU attaches its own again when the guest sets RSS"),
+    )
+
+
+def _over(tap: Tap, held: Held) -> bool:
+    """Whether what is attached works with the maps of a program that QEMU holds."""
+    return bool(tap.program and tap.program.config_id == held.info.config_id)
+
+
+def _apply_held(tap: Tap, wanted: Wanted, held: Held, source: Source) -> Plan:
+    """Follow the guest through a program that QEMU holds, and into whose maps it writes."""
+    if _over(tap, held):
+        if not tap.body_present and (refreshed := _refresh(tap)):
+            return replace(refreshed, result="mended")
         mend: tuple[Step, ...] = () if tap.body_present else (RefillBody(),)
         result = "mended" if mend else "unchanged"
-        return replace(_unchanged(tap, Source.SHARED_MAPS), steps=(*mend, *_lift_hold(tap)), result=result)
+        return replace(_unchanged(tap, source), steps=(*mend, *_lift_hold(tap)), result=result)
     # What QEMU took off itself holds the table of before a reset: that comes back only on request.
     taken_off_by_us = tap.hold or tap.program_id
-    if shared.content and shared.content.enabled and (taken_off_by_us or wanted.source):
+    if held.content and held.content.enabled and (taken_off_by_us or wanted.source):
         return Plan(
             tap=tap,
-            steps=(AttachHeld(program_id=shared.info.id, fd=shared.fd), *_lift_hold(tap)),
+            steps=(AttachHeld(program_id=held.info.id, fd=held.fd), *_lift_hold(tap)),
             result="replaced" if tap.program_id else "attached",
-            source=Source.SHARED_MAPS,
-            program_id=shared.info.id,
+            source=source,
+            program_id=held.info.id,
             notes=_displaces(tap),
         )
-    return _ready(tap, Source.SHARED_MAPS, "QEMU attaches the program when the guest asks for RSS")
+    return _ready(tap, source, "QEMU attaches the program when the guest asks for RSS")
 
 
 def _ready(tap: Tap, source: Source, note: str) -> Plan:
-    """QEMU will attach a program by itself; until then nothing steers."""
+    """QEMU will attach a program by itself, or the guest asks for nothing; until then nothing steers."""
     off: tuple[Step, ...] = (Detach(),) if tap.program_id else ()
     return Plan(
         tap=tap,
@@ -190,6 +321,37 @@ def _ready(tap: Tap, source: Source, note: str) -> Plan:
         program_id=0,
         notes=(*_displaces(tap), note),
     )
+
+
+def _apply_reading(tap: Tap, wanted: Wanted, reading: Reading) -> Plan:
+    """Steer by what was read from the guest.  Where QEMU steers in software it has nothing left to move then."""
+    paused = () if reading.paused_ms is None else (f"the VM stood still for {reading.paused_ms:.1f} ms",)
+    if not reading.config:
+        ready = _ready(tap, reading.source, "the guest has not asked for RSS")
+        return replace(ready, notes=(*ready.notes, *paused))
+    ident = tap.program.ident if tap.program else None
+    current = tap.content.config if tap.content and tap.content.enabled and tap.body_present else None
+    if ident and ident.source is reading.source and current == reading.config:
+        return replace(_unchanged(tap, reading.source), notes=paused)
+    guessed = () if reading.exact_types else ("the guest's hash types could not be read: Linux's default is taken",)
+    return Plan(
+        tap=tap,
+        steps=(
+            Attach(config=reading.config, source=reading.source, displaced=_displaced_id(tap)),
+            *_lift_hold(tap),
+        ),
+        result="replaced" if tap.program_id else "attached",
+        source=reading.source,
+        program_id=None,
+        notes=(*_displaces(tap), *paused, *guessed, "not kept: the guest may set another table; see qsteer keep"),
+    )
+
+
+def _displaced_id(tap: Tap) -> int:
+    """QEMU's own program that a new one displaces, or that the attached one did already."""
+    if tap.program and tap.program.ident:
+        return tap.program.ident.displaced
+    return tap.program.id if tap.program and tap.program.kind is Kind.QEMU else 0
 
 
 def _apply_static(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) -> Plan:
@@ -205,28 +367,24 @@ def _apply_static(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) 
     if is_static and config == current and tap.content and tap.content.enabled and tap.body_present:
         return _unchanged(tap, Source.STATIC)
 
-    displaced = 0
-    if own and own.ident:
-        displaced = own.ident.displaced
-    elif attached and attached.kind is Kind.QEMU:
-        displaced = attached.id
+    displaced = _displaced_id(tap)
     notes = list(_displaces(tap))
     last = tap.attached - 1
     if wanted.static.table and (beyond := max(config.table)) > last:
         notes.append(f"the table names queue {beyond}, the tap has 0 to {last}: the kernel folds it (modulo)")
     if config.unclassified_queue > last:
         notes.append(f"unclassified queue {config.unclassified_queue}: the tap has 0 to {last}, the kernel folds it")
-    if _shared_maps(tap):
+    if tap.given:
         notes.append(
             "the guest's own table is not followed now: --source shared-maps goes back to it, "
             "and so does QEMU when the guest sets RSS"
         )
-    elif displaced or _of_qemu(tap):
+    elif displaced or tap.loaded_by_qemu:
         notes.append("QEMU holds a program of its own for this tap, and attaches it when the guest sets RSS")
-    notes.append("not kept: QEMU may remove it on reset or migration; status shows it, apply puts it back")
+    notes.append("not kept: QEMU may remove it on reset or migration; see qsteer keep")
     return Plan(
         tap=tap,
-        steps=(Attach(config=config, displaced=displaced), *_lift_hold(tap)),
+        steps=(Attach(config=config, source=Source.STATIC, displaced=displaced), *_lift_hold(tap)),
         result="replaced" if tap.program_id else "attached",
         source=Source.STATIC,
         program_id=None,
@@ -234,8 +392,12 @@ def _apply_static(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) 
     )
 
 
-def plan_off(tap: Tap, *, replace_foreign: bool = False) -> Plan:
-    """Stop steering a tap, and hold it off.  Raises ConflictError if what is attached is not qsteer's."""
+def plan_off(tap: Tap, *, replace_foreign: bool = False, expect: str | None = None) -> Plan:
+    """Stop steering a tap, and hold it off.
+
+    Raises ConflictError (what is attached is not qsteer's) and BusyError (it is not what was expected).
+    """
+    _refuse_unexpected(tap, expect)
     holding: tuple[Step, ...] = () if tap.hold else (PutHold(),)
     if not tap.program_id:
         result = "off" if holding else "unchanged"
@@ -272,17 +434,6 @@ def _may_come_back(tap: Tap) -> tuple[str, ...]:
     return (f"QEMU holds program {ids} and may attach it again when the guest sets RSS",)
 
 
-def _shared_maps(tap: Tap) -> Held | None:
-    """qsteer's program that QEMU was started with for this tap."""
-    idents = ((held, held.info.ident) for held in tap.held)
-    return next((held for held, ident in idents if ident and ident.source is Source.SHARED_MAPS), None)
-
-
-def _of_qemu(tap: Tap) -> Held | None:
-    """A program that QEMU loaded itself."""
-    return next((held for held in tap.held if held.info.kind is Kind.QEMU), None)
-
-
 def _displaces(tap: Tap) -> tuple[str, ...]:
     """Names what is taken off, if it is not qsteer's."""
     if not tap.program_id or (tap.program and tap.program.kind is Kind.QSTEER):
@@ -308,18 +459,13 @@ def _refuse_foreign(tap: Tap, wanted: Wanted) -> None:
 
 def _refuse_software(tap: Tap, wanted: Wanted) -> None:
     """QEMU moves every packet again where it steers in software; what the kernel chose is lost."""
-    if wanted.force or not steers_in_software(tap):
+    if wanted.force or not tap.steered_in_software:
         return
     raise UnsupportedError(
         f'the QEMU behind tap "{tap.name}" steers in software (rss=on, vhost=off, no program loaded): '
         "it undoes any other steering",
-        hint="qsteer run starts it with a program; --force attaches one all the same",
+        hint="qsteer run starts it with a program; --source device-state --allow pause steers by the guest's own table",
     )
-
-
-def steers_in_software(tap: Tap) -> bool:
-    """Whether QEMU itself moves packets to the guest's queues, or will once the guest asks for RSS."""
-    return bool(tap.nic and tap.nic.rss and not tap.nic.vhost and not tap.held)
 
 
 def _merged(base: RssConfig, static: Static) -> RssConfig:
@@ -340,33 +486,3 @@ def _unchanged(tap: Tap, source: Source | None) -> Plan:
 
 def _lift_hold(tap: Tap) -> tuple[Step, ...]:
     return (RemoveHold(),) if tap.hold else ()
-
-
-def state(tap: Tap) -> str:
-    """The STATE column of ``status``."""
-    if tap.program_id and not tap.program:
-        return "steered, no right to see by whom"
-    if tap.program:
-        return _state_steered(tap, tap.program)
-    if tap.hold:
-        return "held off"
-    if not tap.steerable:
-        return "single queue"
-    if steers_in_software(tap):
-        return "guest is offered RSS, QEMU steers in software"
-    if _shared_maps(tap) or _of_qemu(tap):
-        return "ready, the guest has not asked for RSS"
-    if tap.nic and tap.nic.rss:
-        return "guest is offered RSS, not steered"
-    return "not steered"
-
-
-def _state_steered(tap: Tap, program: ProgramInfo) -> str:
-    if program.kind is Kind.FOREIGN:
-        holders = ", ".join(map(str, tap.program_holders))
-        return f'"{program.name}", loaded by uid {program.uid}' + (f", held by pid {holders}" if holders else "")
-    if not tap.body_present:
-        return "broken: the shared body is gone"
-    if program.kind is Kind.QSTEER and steers_in_software(tap):
-        return "undone: QEMU steers in software"
-    return "ok"

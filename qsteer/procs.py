@@ -1,27 +1,47 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""The /proc edge: who a process is, and which BPF programs it holds.
+"""The /proc edge: who a process is, which are QEMUs, and what they have open.
 
 Everything read here was written by the process itself or can be: a name on a command line proves nothing.
 """
 
 import contextlib
-from pathlib import Path
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from qsteer import qemuargs
 from qsteer.model import Process
 
-PROC = Path("/proc")
+QEMUS_MAX = 10_000
+"""QEMUs that are looked for: ten times the size of host that qsteer is made for."""
+
+_NAME_BYTES = 4096
+_FILE_BYTES = 16384
+_MACVTAP = re.compile(r"(.*/)?tap[0-9]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenFiles:
+    """What a QEMU has open, by fd: BPF programs (program id to fd), queues of taps, of macvtaps; and vhost-net or not.
+
+    ``seen`` is False where it takes a right that is missing.
+    """
+
+    programs: dict[int, int]
+    queues: frozenset[int]
+    macvtaps: frozenset[int]
+    vhost_net: bool
+    seen: bool = True
 
 
 def read(pid: int) -> Process | None:
     """The process, or None once it is gone."""
-    directory = PROC / str(pid)
     try:
-        with (directory / "cmdline").open("rb") as file:
-            argv = qemuargs.split_cmdline(file.read(qemuargs.CMDLINE_MAX))
-        stat = (directory / "stat").read_bytes()
+        argv = qemuargs.split_cmdline(_read(pid, "cmdline", qemuargs.CMDLINE_MAX))
+        stat = _read(pid, "stat", _FILE_BYTES)
         # The name in it may hold any byte but a newline and a backslash, which the kernel escapes.
-        status = (directory / "status").read_bytes().split(b"\n")
+        status = _read(pid, "status", _FILE_BYTES).split(b"\n")
         uid = next(line for line in status if line.startswith(b"Uid:")).split()[2]
     except (OSError, StopIteration):
         return None
@@ -32,32 +52,100 @@ def read(pid: int) -> Process | None:
         started=int(stat[name_end + 2 :].split()[19]),
         uid=int(uid),
         comm=stat[stat.index(b"(") + 1 : name_end].decode(errors="replace"),
-        args=qemuargs.parse(argv) if qemuargs.is_qemu(argv) else None,
+        args=qemuargs.parse(argv) if _is_qemu(pid, argv) else None,
     )
+
+
+def running_qemus() -> tuple[Process, ...]:
+    """Every QEMU of the host, by pid; QEMUS_MAX at most."""
+    found: list[Process] = []
+    for pid in _pids():
+        with contextlib.suppress(OSError):
+            # A kernel thread has no command line, and most programs are told by their first argument.
+            start = _read(pid, "cmdline", _NAME_BYTES)
+            if start and _is_qemu(pid, qemuargs.split_cmdline(start)) and (process := read(pid)) and process.args:
+                found.append(process)
+        if len(found) == QEMUS_MAX:
+            break
+    return tuple(found)
+
+
+def open_files(pid: int) -> OpenFiles:
+    """What of a process's open files has to do with steering."""
+    programs: dict[int, int] = {}
+    queues, macvtaps, vhost_net = set(), set(), False
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")  # noqa: PTH208 (thousands of them)
+    except PermissionError:
+        return OpenFiles(programs={}, queues=frozenset(), macvtaps=frozenset(), vhost_net=False, seen=False)
+    except OSError:
+        names = []
+    for name in names:
+        with contextlib.suppress(OSError):
+            # The kernel's own name for the file: to look at the file itself could mean to wait for its owner (FUSE).
+            target = os.readlink(f"/proc/{pid}/fd/{name}")  # noqa: PTH115
+            if target == "anon_inode:bpf-prog":
+                programs.update((number, int(name)) for number in _program_ids(pid, name))
+            elif target.endswith("/net/tun"):
+                queues.add(int(name))
+            elif _MACVTAP.fullmatch(target):
+                macvtaps.add(int(name))
+            elif target.endswith("/vhost-net"):
+                vhost_net = True
+    return OpenFiles(programs=programs, queues=frozenset(queues), macvtaps=frozenset(macvtaps), vhost_net=vhost_net)
 
 
 def held_programs(pid: int) -> dict[int, int]:
     """The BPF programs that a process has open: program id to one of its fds."""
-    programs: dict[int, int] = {}
+    return open_files(pid).programs
+
+
+def holders_of_programs() -> dict[int, tuple[int, ...]]:
+    """The pids of all processes that have a BPF program open, by its id; walks the whole of /proc."""
+    holders: dict[int, tuple[int, ...]] = {}
+    for pid in _pids():
+        for program_id in held_programs(pid):
+            holders[program_id] = (*holders.get(program_id, ()), pid)
+    return holders
+
+
+def tap_of(pid: int, fd: int) -> str | None:
+    """The name of the tap that a process's fd is a queue of; None if it is none, or this may not be seen."""
     with contextlib.suppress(OSError):
-        for link in (PROC / str(pid) / "fd").iterdir():
-            with contextlib.suppress(OSError):
-                if str(link.readlink()) != "anon_inode:bpf-prog":
-                    continue
-                fdinfo = (PROC / str(pid) / "fdinfo" / link.name).read_text()
-                numbers = [line.split()[1] for line in fdinfo.splitlines() if line.startswith("prog_id:")]
-                programs.update((int(number), int(link.name)) for number in numbers)
-    return programs
+        for line in _read(pid, f"fdinfo/{fd}", _FILE_BYTES).decode(errors="replace").splitlines():
+            if line.startswith("iff:"):
+                return line.partition(":")[2].strip() or None
+    return None
 
 
-def holders_of_program(program_id: int) -> tuple[int, ...]:
-    """The pids of all processes that have a program open; walks the whole of /proc."""
-    pids = (int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit())
-    return tuple(sorted(pid for pid in pids if program_id in held_programs(pid)))
+def _is_qemu(pid: int, argv: tuple[str, ...]) -> bool:
+    """By the command line, or where that is called something else by the program that runs."""
+    if qemuargs.is_qemu(argv):
+        return True
+    try:
+        return qemuargs.is_qemu_name(os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)"))  # noqa: PTH115
+    except OSError:
+        return False
 
 
-def running_qemus() -> tuple[Process, ...]:
-    """Every QEMU of the host, by pid."""
-    pids = sorted(int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit())
-    found = (read(pid) for pid in pids)
-    return tuple(process for process in found if process and process.args)
+def _program_ids(pid: int, fd: str) -> Iterator[int]:
+    for line in _read(pid, f"fdinfo/{fd}", _FILE_BYTES).splitlines():
+        if line.startswith(b"prog_id:"):
+            yield int(line.split()[1])
+
+
+def _pids() -> list[int]:
+    return sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())  # noqa: PTH208
+
+
+def _read(pid: int, name: str, most: int) -> bytes:
+    """The start of one of a process's files, ``most`` bytes of it.  Raises OSError."""
+    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts, left = [], most
+        while left and (part := os.read(fd, left)):
+            parts.append(part)
+            left -= len(part)
+    finally:
+        os.close(fd)
+    return b"".join(parts)

@@ -9,6 +9,13 @@ goes).
 ``complete``: all in one, for where the body cannot load (no CAP_PERFMON, a kernel before 6.2, no writable BPF file
 system).  ``load_program`` tries the first and falls back to the second; a freshly pinned body has to give the
 right queue for known packets before anything uses it.
+
+A program is loaded with maps of its own, or over those of another program: that is how a running VM gets the program of
+another version of qsteer.  Both have the same configuration then, be it one that QEMU changes meanwhile.
+
+A body's pin may be removed (``clean``) while a stub is being loaded over it by somebody who holds no lock (``run``).
+Whoever removes one looks for its users after the pin is out of the way; whoever loads one looks at the pin after the
+stub is loaded.  So at least one of the two sees the other.
 """
 
 import contextlib
@@ -25,7 +32,7 @@ from typing import Any
 
 from qsteer import __version__
 from qsteer._shim import ffi, lib
-from qsteer.errors import NotFoundError, PermissionDeniedError, QsteerError, UnsupportedError, from_errno
+from qsteer.errors import BusyError, NotFoundError, PermissionDeniedError, QsteerError, UnsupportedError, from_errno
 from qsteer.model import Build, Ident, Kind, MapsContent, ProgramInfo, Source
 from qsteer.rss import BASE_TYPES, HashType, RssConfig
 from qsteer.shim import OBJECTS, check, check_bpf, out_fd_bpf, string
@@ -36,7 +43,15 @@ BPFFS = Path("/sys/fs/bpf")
 PIN_DIRECTORY = BPFFS / "qsteer"
 
 _BUILD_NUMBERS = {Build.SHARED_BODY: lib.QS_BUILD_SHARED_BODY, Build.COMPLETE: lib.QS_BUILD_COMPLETE}
-_SOURCE_NUMBERS = {Source.STATIC: lib.QS_SOURCE_STATIC, Source.SHARED_MAPS: lib.QS_SOURCE_SHARED_MAPS}
+_SOURCE_NUMBERS = {
+    Source.STATIC: lib.QS_SOURCE_STATIC,
+    Source.SHARED_MAPS: lib.QS_SOURCE_SHARED_MAPS,
+    Source.DEVICE_STATE: lib.QS_SOURCE_DEVICE_STATE,
+    Source.GUEST_AGENT: lib.QS_SOURCE_GUEST_AGENT,
+    Source.QEMU_MAPS: lib.QS_SOURCE_QEMU_MAPS,
+}
+NO_BODIES = -1
+_PIN_ATTEMPTS = 5
 _OBJECTS = {Build.SHARED_BODY: "tap_stub.bpf.o", Build.COMPLETE: "tap_complete.bpf.o"}
 
 
@@ -62,27 +77,23 @@ class Program:
 
 
 def load_program(
-    *, tap: str, source: Source, config: RssConfig | None = None, displaced: int = 0, build: Build | None = None
+    *,
+    tap: str,
+    source: Source,
+    config: RssConfig | None = None,
+    displaced: int = 0,
+    build: Build | None = None,
+    maps_of: ProgramInfo | None = None,
 ) -> Program:
     """Load a steering program for one tap, with ``config`` in its maps (none: QEMU will write them).
 
-    ``displaced`` is the id of the QEMU program that it is going to take off.  ``build`` forces one; otherwise the
-    shared body is used where it can be.  Raises QsteerError.
+    With ``maps_of`` it works with the maps of a program that is loaded, qsteer's or QEMU's, instead of new ones, and
+    with what they hold; there is no ``config`` then.  ``displaced`` is the id of the QEMU program that it is going to
+    take off.  ``build`` forces one; otherwise the shared body is used where it can be.  Raises QsteerError.
     """
-    if build is Build.COMPLETE:
-        program = _load(build, tap, source, displaced)
-    else:
-        try:
-            program = _load_stub(tap, source, displaced)
-        except QsteerError as error:
-            if build:
-                raise
-            # A right or a kernel function that is missing is nothing to worry about; anything else is.
-            expected = isinstance(error, PermissionDeniedError) or error.errno == errno.EOPNOTSUPP
-            log.log(
-                logging.INFO if expected else logging.WARNING, "no shared body (%s): a complete program instead", error
-            )
-            program = _load(Build.COMPLETE, tap, source, displaced)
+    assert not (config and maps_of)
+    with _maps_of(maps_of) as maps:
+        program = _load_either(build, lambda which, bodies: _load(which, tap, source, displaced, bodies, maps))
     if config:
         try:
             _write_config(program, config)
@@ -92,16 +103,60 @@ def load_program(
     return program
 
 
-def _load_stub(tap: str, source: Source, displaced: int) -> Program:
-    bodies = _shared_bodies()
+@contextlib.contextmanager
+def _maps_of(info: ProgramInfo | None) -> Iterator[tuple[int, int, int] | None]:
+    """Fds of a program's three maps, in QEMU's order; None for no program."""
+    if not info:
+        yield None
+        return
+    if info.kind is Kind.FOREIGN or not info.has_maps:
+        raise UnsupportedError(f'program {info.id} "{info.name}" has no maps that qsteer could go on with')
+    with _map_by_id(info.config_id) as config, _map_by_id(info.key_id) as key, _map_by_id(info.table_id) as table:
+        yield (config, key, table)
+
+
+def _load_either(build: Build | None, load: Callable[[Build, int], Program]) -> Program:
+    """A stub over the shared body if that can be, or a complete program."""
+    if build is Build.COMPLETE:
+        return load(build, NO_BODIES)
     try:
-        return _load(Build.SHARED_BODY, tap, source, displaced, bodies)
-    finally:
-        os.close(bodies)
+        return _load_stub(load)
+    except QsteerError as error:
+        if build:
+            raise
+        # A right or a kernel function that is missing is nothing to worry about; anything else is.
+        expected = isinstance(error, PermissionDeniedError) or error.errno == errno.EOPNOTSUPP
+        level = logging.INFO if expected else logging.WARNING
+        log.log(level, "no shared body (%s): a complete program instead", error)
+        return load(Build.COMPLETE, NO_BODIES)
 
 
-def _load(build: Build, tap: str, source: Source, displaced: int, bodies: int = -1) -> Program:
-    version = [int(part) for part in __version__.split(".")[:3]]
+def _load_stub(load: Callable[[Build, int], Program]) -> Program:
+    for _ in range(_PIN_ATTEMPTS):
+        bodies = _shared_bodies()
+        try:
+            program = load(Build.SHARED_BODY, bodies)
+            try:
+                stays = _is_pinned(bodies, bodies_pin())
+            except BaseException:
+                program.close()
+                raise
+            if stays:
+                return program
+            program.close()
+        finally:
+            os.close(bodies)
+    raise BusyError(f"{bodies_pin()} is removed again and again")
+
+
+def _load(
+    build: Build,
+    tap: str,
+    source: Source,
+    displaced: int,
+    bodies: int = NO_BODIES,
+    maps: tuple[int, int, int] | None = None,
+) -> Program:
     ident = ffi.new(
         "struct qs_ident *",
         {
@@ -110,12 +165,13 @@ def _load(build: Build, tap: str, source: Source, displaced: int, bodies: int = 
             "build": _BUILD_NUMBERS[build],
             "source": _SOURCE_NUMBERS[source],
             "displaced": displaced,
-            "version": [*version, 0],
+            "version": [*_own_version(), 0],
             "tap": tap.encode()[:15],
         },
     )
     program = ffi.new("struct qs_program *")
-    result = lib.qs_program_load(os.fsencode(OBJECTS / _OBJECTS[build]), ident, bodies, program)
+    map_fds = ffi.new("int[3]", maps) if maps else ffi.NULL
+    result = lib.qs_program_load(os.fsencode(OBJECTS / _OBJECTS[build]), ident, bodies, map_fds, program)
     check_bpf(result, f'cannot load the steering program for tap "{tap}"')
     return Program(
         id=program.id,
@@ -125,6 +181,10 @@ def _load(build: Build, tap: str, source: Source, displaced: int, bodies: int = 
         key_fd=program.key_fd,
         table_fd=program.table_fd,
     )
+
+
+def _own_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in __version__.split(".")[:3])
 
 
 def _write_config(program: Program, config: RssConfig) -> None:
@@ -158,7 +218,7 @@ def _shared_bodies() -> int:
     finally:
         os.close(bodies)
     if found is None:
-        raise UnsupportedError(f"{bodies_pin()} does not stay pinned")
+        raise BusyError(f"{bodies_pin()} does not stay pinned")
     return found
 
 
@@ -171,12 +231,9 @@ def bodies_pin() -> Path:
 
 def _pinned_bodies() -> int | None:
     pin = bodies_pin()
-    try:
-        bodies = out_fd_bpf(lambda out: lib.qs_pinned(os.fsencode(pin), out), f"cannot open {pin}")
-    except QsteerError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        raise
+    bodies = _pinned(pin)
+    if bodies is None:
+        return None
     try:
         if not body_in(bodies):
             raise UnsupportedError(f"{pin} is empty", hint="remove it, then apply again")
@@ -186,16 +243,64 @@ def _pinned_bodies() -> int | None:
     return bodies
 
 
+def _pinned(pin: Path) -> int | None:
+    """An fd of what is pinned, None for nothing."""
+    try:
+        return out_fd_bpf(lambda out: lib.qs_pinned(os.fsencode(pin), out), f"cannot open {pin}")
+    except QsteerError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+
+
 def _pin(bodies: int, pin: Path) -> None:
     check(lib.qs_bpffs_mount(os.fsencode(BPFFS)), f"cannot mount a BPF file system on {BPFFS}")
-    try:
-        PIN_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
-        pin.parent.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise from_errno(error.errno or 0, f"cannot make {pin.parent}") from None
-    result = lib.qs_pin(bodies, os.fsencode(pin))
+    result = -errno.ENOENT
+    for _ in range(_PIN_ATTEMPTS):  # clean removes empty directories
+        try:
+            PIN_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
+            pin.parent.mkdir(mode=0o700, exist_ok=True)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise from_errno(error.errno or 0, f"cannot make {pin.parent}") from None
+        result = lib.qs_pin(bodies, os.fsencode(pin))
+        if result != -errno.ENOENT:
+            break
     if result != -errno.EEXIST:
         check(result, f"cannot pin {pin}")
+
+
+def _is_pinned(bodies: int, pin: Path) -> bool:
+    """Whether what is pinned there is this very prog_array."""
+    return pinned_bodies(pin) == _bodies_id(bodies)
+
+
+def pinned_bodies(pin: Path) -> int | None:
+    """The map id of the prog_array of a shared body, of any version, that is pinned there; None for nothing.
+
+    Raises QsteerError; UnsupportedError where something else is pinned.
+    """
+    pinned = _pinned(pin)
+    if pinned is None:
+        return None
+    try:
+        found = _bodies_id(pinned)
+    finally:
+        os.close(pinned)
+    if found is None:
+        raise UnsupportedError(f"{pin} is not a shared body")
+    return found
+
+
+def _bodies_id(fd: int) -> int | None:
+    """The map id of a shared body's prog_array; None for anything else."""
+    if str(Path(f"/proc/self/fd/{fd}").readlink()) != "anon_inode:bpf-map":
+        return None
+    found, kind, name = ffi.new("uint32_t *"), ffi.new("uint32_t *"), ffi.new("char[16]")
+    check(lib.qs_map_info(fd, found, kind, name), "cannot look at a map")
+    is_one = kind[0] == lib.BPF_MAP_TYPE_PROG_ARRAY and string(name) == "qsteer_bodies"
+    return int(found[0]) if is_one else None
 
 
 def _prove(bodies: int) -> None:
@@ -298,7 +403,7 @@ def _ident(raw: Any) -> Ident:
         displaced=raw.displaced,
         version=".".join(str(part) for part in raw.version[0:3]),
         tap=string(raw.tap),
-        outdated=raw.abi != lib.QS_ABI,
+        outdated=raw.abi != lib.QS_ABI or tuple(raw.version[0:3]) != _own_version(),
     )
 
 
@@ -308,9 +413,30 @@ def refill_bodies(info: ProgramInfo) -> None:
     One refill mends every tap whose stub calls into the same prog_array, which gets a pin of its own: new stubs may
     have another by now.
     """
+    pin = _refilled_pin(info)
     with _map_by_id(info.bodies_id) as bodies:
         check_bpf(lib.qs_bodies_refill(bodies, os.fsencode(OBJECTS / "tap_body.bpf.o")), "cannot load the shared body")
-        _pin(bodies, bodies_pin().with_name(f"bodies-of-map-{info.bodies_id}"))
+        _pin(bodies, pin)
+        if not _is_pinned(bodies, pin):
+            raise UnsupportedError(f"{pin} is in the way", hint="qsteer clean removes it, unless it is in use")
+
+
+def unpin_refilled(info: ProgramInfo) -> None:
+    """Undo ``refill_bodies``: the kernel empties the prog_array again.  Raises QsteerError."""
+    pin = _refilled_pin(info)
+    try:
+        if pinned_bodies(pin) != info.bodies_id:
+            return
+    except UnsupportedError:
+        return  # what was in the way
+    try:
+        pin.unlink(missing_ok=True)
+    except OSError as error:
+        raise from_errno(error.errno or 0, f"cannot remove {pin}") from None
+
+
+def _refilled_pin(info: ProgramInfo) -> Path:
+    return bodies_pin().with_name(f"bodies-of-map-{info.bodies_id}")
 
 
 def body_present(info: ProgramInfo) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""What a QEMU command line says about its NICs, its name and its monitors.
+"""What a QEMU command line says about its NICs, its name, its monitors and its guest agent.
 
 Theory of operation
 ===================
@@ -11,7 +11,8 @@ that has to refuse it.
 
 The rules are QEMU's own (10.0): one dash or two begin an option; ``,,`` is a comma in a value; the first value may come
 without its key; a key without a value is ``on``, or ``off`` with ``no`` before it; the last of several same keys wins;
--device and -netdev take JSON as well, in which strings may also stand in single quotes.
+-device, -netdev and -object (not -chardev, -mon or -nic) take JSON as well, in which strings may also stand in single
+quotes.  A monitor is -qmp, -mon or, where 11.1 deprecates that, ``-object monitor-qmp``.
 
 Only the options named here are known to take a value.  The value of any other option is passed over by not beginning
 with a dash, so that no list of all of QEMU's options has to be kept.
@@ -36,6 +37,18 @@ _KEY_END = re.compile("[=,]")
 _INT_KIND = re.compile(r"u?int(?:8|16|32|64)?")
 _INT = re.compile(r"([+-]?)(0[xX][0-9a-fA-F]+|[0-9]+)")
 _SIZE = re.compile(r"([0-9]+)([bBkKmMgGtTpPeE]?)")
+_LOADER = re.compile(r"ld(-linux|-musl|64|32)?[-.\w]*\.so[.\d]*")
+_LOADER_FLAGS = ("--inhibit-cache",)
+_LOADER_OPTIONS = (
+    "--argv0",
+    "--audit",
+    "--glibc-hwcaps-mask",
+    "--glibc-hwcaps-prepend",
+    "--inhibit-rpath",
+    "--library-path",
+    "--preload",
+)
+_AGENT = "org.qemu.guest_agent.0"
 _SIZE_SHIFT = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _GLOBAL = re.compile(r"([^.=]+)\.([^=]+)=(.*)", re.DOTALL)
 
@@ -45,7 +58,8 @@ class Netdev:
     """A network backend.  ``option`` is ``netdev``, ``nic`` or ``net``; ``kind`` is ``tap``, ``user``, and so on.
 
     ``queues``, ``vhost`` and the names are None where the command line does not give them.  ``fds`` are numbers or
-    names, as text.
+    names, as text; ``path`` is the unix socket of a ``stream`` or ``dgram``.  ``model`` and ``mac`` are those of the
+    NIC that -nic makes, too.
     """
 
     option: str
@@ -56,6 +70,9 @@ class Netdev:
     fds: tuple[str, ...] = ()
     queues: int | None = None
     vhost: bool | None = None
+    path: str | None = None
+    model: str | None = None
+    mac: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +102,11 @@ class Global:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QemuArgs:
-    """A QEMU command line.  ``qmp_paths`` are the unix sockets that QEMU serves QMP on, as given (maybe relative)."""
+    """A QEMU command line.
+
+    ``qmp_paths`` are the unix sockets that QEMU serves QMP on, ``agent_path`` the one that leads to the guest agent, as
+    given (maybe relative).
+    """
 
     name: str | None
     uuid: str | None
@@ -94,6 +115,7 @@ class QemuArgs:
     devices: tuple[Device, ...]
     globals: tuple[Global, ...]
     qmp_paths: tuple[str, ...]
+    agent_path: str | None
     unreadable: tuple[str, ...]
 
 
@@ -102,12 +124,39 @@ def defaults_of(args: QemuArgs, driver: str) -> dict[str, object]:
     return {setting.property: setting.value for setting in args.globals if setting.driver in (driver, "virtio-net")}
 
 
+class Defaults:
+    """-global, for many devices: a hostile command line may have thousands of both."""
+
+    def __init__(self, settings: Sequence[Global]) -> None:
+        self._last = {(setting.driver, setting.property): (i, setting.value) for i, setting in enumerate(settings)}
+
+    def get(self, driver: str, key: str) -> str | None:
+        """As ``defaults_of`` gives it, None where nothing is set."""
+        found = [setting for name in (driver, "virtio-net") if (setting := self._last.get((name, key)))]
+        return max(found)[1] if found else None
+
+
 def is_qemu(argv: Sequence[str]) -> bool:
-    """Whether argv[0] names a system emulator (``qemu-system-x86_64``, ``qemu-kvm``, ``kvm``); it can be forged."""
-    if not argv:
-        return False
-    program = argv[0].rpartition("/")[2]
+    """Whether a system emulator is run (``qemu-system-x86_64``, ``qemu-kvm``, ``kvm``); it can be forged."""
+    return len(argv) > (position := _program_position(argv)) and is_qemu_name(argv[position])
+
+
+def is_qemu_name(path: str) -> bool:
+    """Whether a path or a name is that of a system emulator."""
+    program = path.rpartition("/")[2]
     return "qemu-system-" in program or program in ("qemu-kvm", "kvm")
+
+
+def _program_position(argv: Sequence[str]) -> int:
+    """Where the program is: at 0, or behind a dynamic loader that runs it, and that one's options."""
+    if not argv or not _LOADER.fullmatch(argv[0].rpartition("/")[2]):
+        return 0
+    position = 1
+    while position < len(argv) and argv[position].startswith("--"):
+        if argv[position] not in (*_LOADER_FLAGS, *_LOADER_OPTIONS):
+            return 0
+        position += 2 if argv[position] in _LOADER_OPTIONS else 1
+    return position
 
 
 def split_cmdline(data: bytes) -> tuple[str, ...]:
@@ -124,10 +173,11 @@ def parse(argv: Sequence[str]) -> QemuArgs:
     settings: list[Global] = []
     chardevs: dict[str, str] = {}
     monitors: list[str] = []
+    agents: list[str] = []
     qmp_paths: list[str] = []
     unreadable: list[str] = []
 
-    position = 1
+    position = _program_position(argv) + 1
     while position < len(argv) - 1:
         option, value = _option_name(argv[position]), argv[position + 1]
         position += 2
@@ -150,6 +200,8 @@ def parse(argv: Sequence[str]) -> QemuArgs:
                     unreadable.append(f"-{option} {value}")
                 elif device := _device(position - 1, value.startswith("{"), fields):
                     devices.append(device)
+                elif chardev_id := _agent_chardev(fields):
+                    agents.append(chardev_id)
             case "global":
                 if setting := _global(value):
                     settings.append(setting)
@@ -161,6 +213,10 @@ def parse(argv: Sequence[str]) -> QemuArgs:
                 monitor = dict(parse_keyval(value, implied="chardev"))
                 if monitor.get("mode") == "control":
                     monitors.append(monitor.get("chardev", ""))
+            case "object":
+                thing = _fields(value, implied="qom-type") or {}
+                if thing.get("qom-type") == "monitor-qmp":
+                    monitors.append(_word(thing.get("chardev")) or "")
             case "qmp" | "qmp-pretty":
                 if value.startswith("unix:"):
                     keyval = dict(parse_keyval(value.removeprefix("unix:"), implied="path"))
@@ -179,6 +235,7 @@ def parse(argv: Sequence[str]) -> QemuArgs:
         devices=tuple(devices),
         globals=tuple(settings),
         qmp_paths=tuple(qmp_paths),
+        agent_path=next((chardevs[agent] for agent in agents if agent in chardevs), None),
         unreadable=tuple(unreadable),
     )
 
@@ -267,7 +324,7 @@ def _fields(value: str, *, implied: str) -> Mapping[str, object] | None:
     if not value.startswith("{"):
         return dict(parse_keyval(value, implied=implied))
     try:
-        members = json.loads(_JSON_STRING.sub(_double_quoted, value))
+        members = json.loads(_JSON_STRING.sub(_double_quoted, value) if "'" in value else value)
     except (ValueError, RecursionError):
         return None
     return members if isinstance(members, dict) else None
@@ -293,6 +350,8 @@ def _netdev(option: str, value: str) -> Netdev | None:
     if fields is None or not (kind := _word(fields.get("type"))) or (option == "net" and kind in ("nic", "none")):
         return None
     fds = _word(fields.get("fds")) or _word(fields.get("fd"))
+    address = fields.get("addr")
+    path = address.get("path") if isinstance(address, dict) else fields.get("addr.path")
     queues = fields.get("queues")
     if isinstance(queues, str) and queues.isascii() and queues.isdigit() and len(queues) <= 5:
         queues = int(queues)
@@ -305,6 +364,9 @@ def _netdev(option: str, value: str) -> Netdev | None:
         fds=tuple(fds.split(":")) if fds else (),
         queues=queues if isinstance(queues, int) and not isinstance(queues, bool) else None,
         vhost=parse_bool(fields.get("vhost")),
+        path=_word(path),
+        model=_word(fields.get("model")) if option == "nic" else None,
+        mac=_word(fields.get("mac")) if option == "nic" else None,
     )
 
 
@@ -320,6 +382,11 @@ def _device(position: int, is_json: bool, fields: Mapping[str, object]) -> Devic
         netdev=netdev,
         properties=tuple((key, value) for key, value in fields.items() if key != "driver"),
     )
+
+
+def _agent_chardev(fields: Mapping[str, object]) -> str | None:
+    """The character device behind the guest agent's port."""
+    return _word(fields.get("chardev")) if fields.get("name") == _AGENT else None
 
 
 def _global(value: str) -> Global | None:

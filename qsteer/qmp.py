@@ -11,11 +11,16 @@ socket pair; the other end is, but for the standard streams, the only thing that
 the user's choice, so it runs as the user that the VM will run as, is given a time limit, and is always ended, together
 with whatever it started (it leads a process group of its own).  Should qsteer be killed in the middle, the kernel ends
 it: the last writer of a pipe gone is a signal to that group.
+
+``converse`` is one exchange with a QEMU that runs: connect, a few commands, disconnect.  A monitor serves one client at
+a time, so none is held longer than that.  Where its socket is, a QEMU says itself, so it may be a lie; ``peer`` sees to
+it that the process itself listens there.
 """
 
 import contextlib
 import fcntl
 import json
+import math
 import os
 import select
 import signal
@@ -25,13 +30,18 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from qsteer.errors import BusyError, PermissionDeniedError, QsteerError, UnsupportedError, from_errno
+from qsteer import peer
+from qsteer.errors import BusyError, PermissionDeniedError, QsteerError, UnsupportedError, from_errno, printable
+from qsteer.model import Process
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
 PROBE_TIMEOUT_S = 20.0
 """Long enough for a cold start on a busy host; a QEMU without a machine is there in a tenth of a second."""
+
+TIMEOUT_S = 5.0
+"""For an exchange with a QEMU that runs; a VM's monitor answers in milliseconds unless somebody else holds it."""
 
 _STDERR_MAX = 4096
 _DISCONNECT_TIMEOUT_S = 1.0
@@ -73,10 +83,10 @@ def probe(binary: str, *, drivers: Iterable[str], become: Callable[[], None] | N
             child = _start(binary, theirs.fileno(), lifeline, become)
             stack.callback(_end, child)
         try:
-            return _run(ours, lambda client: _ask(client, drivers), PROBE_TIMEOUT_S)
+            return _run(ours, lambda client: _ask(client, drivers), PROBE_TIMEOUT_S, PROBE_TIMEOUT_S)
         except TimeoutError:
             raise UnsupportedError(f'"{binary}" does not answer as QEMU within {PROBE_TIMEOUT_S:g} s') from None
-        except _failures() as error:
+        except failures() as error:
             raise UnsupportedError(f'"{binary}" does not run as QEMU: {_first_line(child) or _reason(error)}') from None
 
 
@@ -84,7 +94,7 @@ def execute(
     address: str | socket.socket,
     command: str,
     arguments: Mapping[str, object] | None = None,
-    timeout_s: float = 5.0,
+    timeout_s: float = TIMEOUT_S,
 ) -> object:
     """One command on the QMP socket of a running VM: connect, negotiate, execute, disconnect.  Returns QEMU's answer.
 
@@ -93,18 +103,84 @@ def execute(
     errno says if it cannot be reached.
     """
     where = address if isinstance(address, str) else "the given socket"
-    arguments = dict(arguments or {})
+    return _session(address, where, lambda monitor: monitor.ask(command, arguments), timeout_s, timeout_s)
+
+
+class Monitor:
+    """The monitor of a QEMU, for as long as one exchange lasts."""
+
+    def __init__(self, client: "QMPClient", where: str) -> None:
+        self._client = client
+        self._where = where
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """QEMU's version.  Raises QsteerError where it gives none."""
+        from qemu.qmp import QMPError
+
+        try:
+            return _greeted_version(self._client)
+        except QMPError as error:
+            raise QsteerError(f"QEMU at {self._where}: {_reason(error)}") from None
+
+    async def ask(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+        """QEMU's answer to a command.  Raises UnsupportedError if it does not know it, QsteerError if it refuses."""
+        from qemu.qmp import ExecuteError
+
+        try:
+            return await self._client.execute(command, dict(arguments or {}))
+        except ExecuteError as error:
+            if error.error_class == "CommandNotFound":
+                raise UnsupportedError(f"QEMU at {self._where} does not know {command}") from None
+            raise QsteerError(f"QEMU at {self._where} did not do {command}: {_reason(error)}") from None
+
+    def send_fd(self, fd: int) -> None:
+        """Pass an fd to QEMU, for the next command that takes one."""
+        self._client.send_fd_scm(fd)
+
+    async def ask_and_hear(
+        self, command: str, arguments: Mapping[str, object], events: Iterable[str]
+    ) -> tuple[object, tuple[tuple[str, float], ...]]:
+        """QEMU's answer, and those of ``events`` that came before it: their names and their times, in seconds."""
+        with self._client.listener(tuple(events)) as heard:
+            answer = await self.ask(command, arguments)
+            return answer, tuple((str(event["event"]), _seconds(event.get("timestamp"))) for event in heard.history)
+
+
+def converse(
+    path: str,
+    process: Process,
+    exchange: Callable[[Monitor], Awaitable[_Answer]],
+    *,
+    exchange_timeout_s: float = TIMEOUT_S,
+) -> _Answer:
+    """One exchange with a QEMU that runs, on the unix socket ``path`` that ``process`` sees and itself listens on.
+
+    Raises what ``peer.connect`` and ``exchange`` raise; BusyError if QEMU does not answer in time (a monitor serves one
+    client at a time), QsteerError if it breaks off.
+    """
+    with peer.connect(path, process, timeout_s=TIMEOUT_S) as sock:
+        return _session(sock, f'"{printable(path)}"', exchange, TIMEOUT_S, exchange_timeout_s)
+
+
+def _session(
+    address: str | socket.socket,
+    where: str,
+    exchange: Callable[[Monitor], Awaitable[_Answer]],
+    timeout_s: float,
+    exchange_timeout_s: float,
+) -> _Answer:
     try:
-        return _run(address, lambda client: client.execute(command, arguments), timeout_s)
+        return _run(address, lambda client: exchange(Monitor(client, where)), timeout_s, exchange_timeout_s)
     except TimeoutError:
         raise BusyError(
             f"QEMU at {where} does not answer within {timeout_s:g} s", hint="another client may hold that monitor"
         ) from None
-    except _failures() as error:
+    except failures() as error:
         cause = getattr(error, "exc", error)
         if isinstance(cause, OSError) and cause.errno:
             raise from_errno(cause.errno, f"cannot reach QEMU at {where}") from None
-        raise QsteerError(f"QEMU at {where} did not do {command}: {_reason(error)}") from None
+        raise QsteerError(f"QEMU at {where} broke off: {_reason(error)}") from None
 
 
 def _start(binary: str, qmp_fd: int, lifeline: int, become: Callable[[], None] | None) -> subprocess.Popen[bytes]:
@@ -165,7 +241,7 @@ def _reason(error: BaseException) -> str:
     return _line(str(cause)).rstrip(": ") or type(cause).__name__
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
     """What qemu.qmp raises when the other side goes away, or does not speak QMP."""
     from qemu.qmp import QMPError
 
@@ -173,31 +249,39 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def _run(
-    address: str | socket.socket, exchange: Callable[["QMPClient"], Awaitable[_Answer]], timeout_s: float
+    address: str | socket.socket,
+    exchange: Callable[["QMPClient"], Awaitable[_Answer]],
+    timeout_s: float,
+    exchange_timeout_s: float,
 ) -> _Answer:
     import asyncio
 
     from qemu.qmp import QMPClient
 
     async def session() -> _Answer:
+        # What ends a session is raised where it is waited for; it is not to be printed once more as nobody's.
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
         client = QMPClient("qsteer")
-        async with asyncio.timeout(timeout_s):
-            await client.connect(address)
-            try:
+        try:
+            async with asyncio.timeout(timeout_s):
+                try:
+                    await client.connect(address)
+                except AssertionError:
+                    raise EOFError from None  # qemu.qmp 0.0.6: the other side has gone again already
+            async with asyncio.timeout(exchange_timeout_s):
                 return await exchange(client)
-            finally:
-                # Why a session ended is in what the exchange raised; to leave one must not take longer than that.
-                with contextlib.suppress(Exception):
-                    await asyncio.wait_for(client.disconnect(), _DISCONNECT_TIMEOUT_S)
+        finally:
+            # Why a session ended is in what was raised; to leave one must not take longer than that.
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(client.disconnect(), _DISCONNECT_TIMEOUT_S)
 
     return asyncio.run(session())
 
 
 async def _ask(client: "QMPClient", drivers: Iterable[str]) -> QemuProbe:
-    from qemu.qmp import ExecuteError, QMPError
+    from qemu.qmp import ExecuteError
 
-    if client.greeting is None:
-        raise QMPError("no greeting")
+    version = _greeted_version(client)
     properties: dict[str, Mapping[str, str]] = {}
     for driver in dict.fromkeys(drivers):
         # A driver that this QEMU, or this architecture, does not have is refused.
@@ -207,7 +291,15 @@ async def _ask(client: "QMPClient", drivers: Iterable[str]) -> QemuProbe:
     with contextlib.suppress(ExecuteError):
         await client.execute("request-ebpf", {"id": "rss"})
         libbpf = True
-    return QemuProbe(version=_version(client.greeting.QMP.version), libbpf=libbpf, properties=properties)
+    return QemuProbe(version=version, libbpf=libbpf, properties=properties)
+
+
+def _seconds(timestamp: object) -> float:
+    """When an event happened; NaN where it does not say."""
+    match timestamp:
+        case {"seconds": int(seconds), "microseconds": int(micro)} if 0 <= seconds < 1 << 48 and 0 <= micro < 10**6:
+            return seconds + micro / 1e6
+    return math.nan
 
 
 def _types(reply: object) -> Mapping[str, str]:
@@ -219,9 +311,11 @@ def _types(reply: object) -> Mapping[str, str]:
     }
 
 
-def _version(version: Mapping[str, object]) -> tuple[int, int, int]:
+def _greeted_version(client: "QMPClient") -> tuple[int, int, int]:
+    """Raises QMPError if QEMU has not said, or not sensibly, which version it is."""
     from qemu.qmp import QMPError
 
+    version: Mapping[str, object] = client.greeting.QMP.version if client.greeting else {}
     qemu = version.get("qemu")
     numbers = [qemu.get(part) for part in ("major", "minor", "micro")] if isinstance(qemu, dict) else []
     match numbers:

@@ -2,17 +2,33 @@
 """What users and programs read: columns, ethtool's format, JSON with a schema.  Pure."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from qsteer import ethtool
 from qsteer.errors import printable
-from qsteer.model import Kind, Source, Tap
-from qsteer.plan import Plan, state, steers_in_software
+from qsteer.model import Inventory, Kind, Process, Reading, Source, Tap, Unsteerable
+from qsteer.plan import Plan, revision
 from qsteer.rss import RssConfig, format_hash_types, format_key
+from qsteer.state import agrees, state
+
+if TYPE_CHECKING:
+    from qsteer.clean import Item
 
 Json = dict[str, object]
 
-_STATUS_COLUMNS = ("VM", "TAP", "QUEUES", "PROGRAM", "ENGINE", "SOURCE", "STATE")
+_COLUMNS: dict[str, Callable[[Tap], str]] = {
+    "VM": lambda tap: tap.vm_name or (f"({tap.holder.comm} {tap.holder.pid})" if tap.holder else "-"),
+    "NETNS": lambda tap: tap.netns_name or "-",
+    "TAP": lambda tap: tap.name,
+    "QUEUES": lambda tap: f"{tap.active}/{tap.attached}",
+    "PROGRAM": lambda tap: _program_cell(tap) if tap.queues else "?",
+    "ENGINE": lambda tap: engine(tap) or "?",
+    "SOURCE": lambda tap: source_of(tap) or "-",
+    "AGREES": agrees,
+    "USED": lambda tap: " ".join("?" if used is None else str(used) for used in tap.used or ()) or "-",
+    "STATE": state,
+}
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -31,23 +47,40 @@ def source_of(tap: Tap) -> Source | None:
     return tap.program.ident.source if tap.program.ident else None
 
 
-def status_text(taps: Sequence[Tap]) -> str:
-    """One line per tap."""
-    if not taps:
+def engine(tap: Tap) -> str | None:
+    """What steers; None where that cannot be seen."""
+    if not tap.queues:
+        return None
+    return "ebpf" if tap.program_id else "automq"
+
+
+def status_text(inventory: Inventory) -> str:
+    """One line per tap, and per NIC that cannot be steered."""
+    taps = inventory.taps
+    if not taps and not inventory.unsteerable:
         return "no process holds a tap"
-    return columns([_STATUS_COLUMNS, *(_status_row(tap) for tap in taps)])
+    shown = dict(_COLUMNS)
+    if not any(tap.netns_name for tap in taps):
+        del shown["NETNS"]
+    if not any(tap.used for tap in taps):
+        del shown["USED"]
+    rows = [[printable(cell(tap)) for cell in shown.values()] for tap in taps]
+    rows += [_unsteerable_row(nic, tuple(shown)) for nic in inventory.unsteerable]
+    return columns([tuple(shown), *rows])
 
 
-def _status_row(tap: Tap) -> tuple[str, ...]:
-    return (
-        printable(tap.vm_name or (f"({tap.holder.comm} {tap.holder.pid})" if tap.holder else "-")),
-        printable(tap.name),
-        f"{tap.active}/{tap.attached}",
-        _program_cell(tap),
-        "ebpf" if tap.program_id else "automq",
-        source_of(tap) or "-",
-        printable(state(tap)),
-    )
+def _unsteerable_row(other: Unsteerable, names: Sequence[str]) -> list[str]:
+    nic = other.nic.id or other.nic.netdev or other.nic.mac or "a NIC"
+    cells = {"VM": vm_name(other), "STATE": f"{nic}: {other.backend}, whose packets do not pass a tap"}
+    return [printable(cells.get(name, "-")) for name in names]
+
+
+def vm_name(other: Unsteerable) -> str:
+    """The VM of a NIC that cannot be steered, as ``Tap.vm_name`` with a pid where it has no name."""
+    if other.domain:
+        return other.domain.name
+    args = other.vm.args
+    return (args and (args.name or args.uuid)) or f"({other.vm.comm} {other.vm.pid})"
 
 
 def _program_cell(tap: Tap) -> str:
@@ -62,15 +95,59 @@ def tap_json(tap: Tap) -> Json:
         "vm": tap.vm_name,
         "tap": tap.name,
         "netns": tap.netns,
+        "netns_name": tap.netns_name,
         "ifindex": tap.ifindex,
-        "queues": {"active": tap.active, "attached": tap.attached},
+        "nic": _nic_json(tap),
+        "queues": {"active": tap.active, "attached": tap.attached, "used": list(tap.used) if tap.used else None},
         "program": program_json(tap),
-        "engine": "ebpf" if tap.program_id else "automq",
+        "engine": engine(tap),
         "source": source_of(tap),
+        "agrees": agrees(tap),
         "state": state(tap),
-        "software_steering": steers_in_software(tap),
-        "holder": ({"pid": tap.holder.pid, "uid": tap.holder.uid, "comm": tap.holder.comm} if tap.holder else None),
+        "software_steering": tap.steered_in_software,
+        "holder": _process_json(tap.holder),
+        "libvirt": tap.domain is not None,
+        "persistent": tap.persistent,
         "held": tap.hold,
+        "revision": revision(tap),
+        "guest": _reading_json(tap),
+        "unread": list(tap.unread),
+    }
+
+
+def _nic_json(tap: Tap) -> Json | None:
+    nic = tap.nic
+    if not nic:
+        return None
+    return {"id": nic.id, "netdev": nic.netdev, "mac": nic.mac, "rss": nic.rss, "vhost": nic.vhost}
+
+
+def _process_json(process: Process | None) -> Json | None:
+    return {"pid": process.pid, "uid": process.uid, "comm": process.comm} if process else None
+
+
+def _reading_json(tap: Tap) -> Json | None:
+    reading = tap.reading
+    if not reading:
+        return None
+    return {
+        "source": reading.source,
+        "rss": config_json(reading.config) if reading.config else None,
+        "exact_types": reading.exact_types,
+        "paused_ms": reading.paused_ms,
+    }
+
+
+def status_json(inventory: Inventory) -> Json:
+    """``qsteer.status/1``."""
+    return {
+        "schema": "qsteer.status/1",
+        "taps": [tap_json(tap) for tap in inventory.taps],
+        "unsteerable": [
+            {"vm": vm_name(one), "pid": one.vm.pid, "nic": one.nic.id, "mac": one.nic.mac, "backend": one.backend}
+            for one in inventory.unsteerable
+        ],
+        "notes": list(inventory.notes),
     }
 
 
@@ -98,8 +175,15 @@ def program_json(tap: Tap) -> Json | None:
 
 
 def show_text(tap: Tap) -> str:
-    """A tap's RSS configuration as ``ethtool -x`` prints it; what qsteer adds is in lines that begin with #."""
+    """A tap's RSS configuration as ``ethtool -x`` prints it; what qsteer adds is in lines that begin with #.
+
+    With a reading it is the guest's own, else that of the attached program.
+    """
     name, program = printable(tap.name), tap.program
+    if tap.reading:
+        return _reading_text(tap, tap.reading)
+    if not tap.queues:
+        return f"# {name}: {state(tap)}"
     if not tap.program_id:
         return f"# {name}: no steering program is attached, the kernel's automq chooses the queue ({state(tap)})"
     if not program:
@@ -120,6 +204,18 @@ def show_text(tap: Tap) -> str:
     return "\n".join(lines)
 
 
+def _reading_text(tap: Tap, reading: Reading) -> str:
+    name = printable(tap.name)
+    paused = "" if reading.paused_ms is None else f", the VM stood still for {reading.paused_ms:.1f} ms"
+    lines = [f"# {name}: what the guest asks for, source {reading.source}{paused}"]
+    if not reading.config:
+        return f"{lines[0]}\n# the guest has not asked for RSS"
+    if not reading.exact_types:
+        lines.append("# its hash types could not be read: Linux's default")
+    lines.append(ethtool.format_table(reading.config, device=name, rings=tap.active).rstrip("\n"))
+    return "\n".join(lines)
+
+
 def show_json(tap: Tap) -> Json:
     """One tap of ``qsteer.show/1``."""
     return {
@@ -128,6 +224,7 @@ def show_json(tap: Tap) -> Json:
         "program": program_json(tap),
         "source": source_of(tap),
         "rss": _rss_json(tap),
+        "guest": _reading_json(tap),
     }
 
 
@@ -150,7 +247,8 @@ def config_json(config: RssConfig) -> Json:
 def plan_text(plan: Plan) -> str:
     """What ``--dry-run`` prints for one tap."""
     steps = [f"  {number}. {step}" for number, step in enumerate(plan.steps, 1)] or ["  nothing to do"]
-    return "\n".join([f"{printable(plan.tap.name)}:", *steps, *(f"  note: {printable(note)}" for note in plan.notes)])
+    head = f"{printable(plan.tap.name)} (revision {revision(plan.tap)}):"
+    return "\n".join([head, *steps, *(f"  note: {printable(note)}" for note in plan.notes)])
 
 
 def done_text(plan: Plan, program_id: int) -> str:
@@ -168,6 +266,7 @@ def plan_json(plan: Plan, program_id: int | None) -> Json:
     return {
         "tap": plan.tap.name,
         "vm": plan.tap.vm_name,
+        "revision": revision(plan.tap),
         "result": plan.result,
         "dry_run": program_id is None,
         "source": plan.source,
@@ -175,6 +274,20 @@ def plan_json(plan: Plan, program_id: int | None) -> Json:
         "steps": [str(step) for step in plan.steps],
         "notes": list(plan.notes),
     }
+
+
+def clean_json(removed: "Sequence[Item]", kept: "Sequence[Item]", *, dry_run: bool) -> Json:
+    """``qsteer.clean/1``."""
+    return {
+        "schema": "qsteer.clean/1",
+        "dry_run": dry_run,
+        "removed": [_item_json(item) for item in removed],
+        "kept": [_item_json(item) for item in kept],
+    }
+
+
+def _item_json(item: "Item") -> Json:
+    return {"path": str(item.path), "what": item.what, "why": item.why}
 
 
 def document(schema: str, taps: Sequence[Json], *, pretty: bool) -> str:

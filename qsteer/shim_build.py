@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Builds ``qsteer._shim`` out of c/shim.c (cffi, API mode).
+"""Builds ``qsteer._shim`` out of c/shim.c and c/hints.c (cffi, API mode).
 
 The declarations name what Python uses; the C compiler fills in every number, size and offset (``...``), so that none is
 written down twice.
@@ -18,6 +18,11 @@ ffi.cdef("""
 #define QS_BUILD_COMPLETE ...
 #define QS_SOURCE_STATIC ...
 #define QS_SOURCE_SHARED_MAPS ...
+#define QS_SOURCE_DEVICE_STATE ...
+#define QS_SOURCE_GUEST_AGENT ...
+#define QS_SOURCE_QEMU_MAPS ...
+#define QS_PROGRAM_MAPS ...
+#define BPF_MAP_TYPE_PROG_ARRAY ...
 #define IFF_TAP ...
 #define IFF_MULTI_QUEUE ...
 #define IFF_PERSIST ...
@@ -90,7 +95,8 @@ int qs_fds_receive(int sock, int *fds, size_t count);
 int qs_capabilities_drop(void);
 int qs_capabilities_effective(uint64_t *set);
 int qs_bpffs_mount(const char *path);
-int qs_program_load(const char *object, const struct qs_ident *ident, int bodies_fd, struct qs_program *program);
+int qs_program_load(const char *object, const struct qs_ident *ident, int bodies_fd, const int *map_fds,
+                    struct qs_program *program);
 int qs_bodies_refill(int bodies_fd, const char *object);
 int qs_bodies_create(const char *object, int *bodies_fd);
 int qs_pin(int fd, const char *path);
@@ -100,6 +106,9 @@ const char *qs_log_take(void);
 int qs_program_fd(uint32_t id, int *fd);
 int qs_program_info(int prog_fd, struct qs_program_info *info);
 int qs_map_fd(uint32_t id, int *fd);
+int qs_program_next_id(uint32_t after, uint32_t *id);
+int qs_program_maps(int prog_fd, uint32_t *ids, uint32_t *count);
+int qs_map_info(int fd, uint32_t *id, uint32_t *type, char name[16]);
 int qs_config_read(int config_fd, int key_fd, int table_fd, struct qs_rss_config *config, uint8_t *key,
                    uint16_t *table);
 int qs_config_write(int config_fd, int key_fd, int table_fd, const struct qs_rss_config *config, const uint8_t *key,
@@ -108,22 +117,35 @@ int qs_program_run(int prog_fd, const void *packet, uint32_t len, uint32_t repea
                    uint32_t *cb_left, uint32_t *duration_ns);
 struct qs_tun_iter;
 int qs_tun_iter_open(const char *object, int tun_fd, struct qs_tun_iter **iter);
+void qs_tun_iter_close(struct qs_tun_iter *iter);
 int qs_tun_iter_read(struct qs_tun_iter *iter, int pid, struct qs_queue **queues, size_t *count);
 void qs_free(void *memory);
+int qs_tun_digest_devices(struct qs_tun_iter *iter, uint64_t *digest);
+int qs_tun_digest_holders(struct qs_tun_iter *iter, uint64_t *digest);
+
+struct qs_bpf_event { uint32_t unload; uint32_t id; ...; };
+struct qs_bpf_events;
+int qs_bpf_events_open(struct qs_bpf_events **events, int *fd);
+int qs_bpf_events_read(struct qs_bpf_events *events, struct qs_bpf_event *into, size_t room, size_t *count, int *lost);
+void qs_bpf_events_close(struct qs_bpf_events *events);
+int qs_uevents_open(int netns_fd, int *fd);
+int qs_uevents_read(int fd, int *hint);
 """)
 
 ffi.set_source(
     "qsteer._shim",
     """
+    #include <linux/bpf.h>
     #include <linux/capability.h>
     #include <linux/if.h>
     #include <linux/if_tun.h>
+    #include "hints.h"
     #include "shim.h"
     static const uint64_t qs_magic = QS_MAGIC;
     """,
-    sources=["c/shim.c"],
+    sources=["c/hints.c", "c/shim.c"],
     include_dirs=["c"],
-    depends=["c/shim.h", "c/bpf/abi.h"],
+    depends=["c/hints.h", "c/shim.h", "c/bpf/abi.h"],
     libraries=["bpf"],
     extra_compile_args=["-O2", "-Wall", "-Werror"],
     py_limited_api=True,

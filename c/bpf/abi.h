@@ -62,8 +62,11 @@ enum qs_build {
 
 /* Where the RSS configuration in the maps comes from (qs_ident.source). */
 enum qs_source {
-	QS_SOURCE_STATIC = 1,	   /* given by the operator */
-	QS_SOURCE_SHARED_MAPS = 2, /* written by QEMU */
+	QS_SOURCE_STATIC = 1,	    /* given by the operator */
+	QS_SOURCE_SHARED_MAPS = 2,  /* written by QEMU */
+	QS_SOURCE_DEVICE_STATE = 3, /* read out of QEMU's device state */
+	QS_SOURCE_GUEST_AGENT = 4,  /* read by an agent in the guest */
+	QS_SOURCE_QEMU_MAPS = 5,    /* written by QEMU, into the maps of its own program */
 };
 
 /*
@@ -86,7 +89,7 @@ _Static_assert(sizeof(struct qs_ident) == 48, "no hidden padding");
 /* One open queue of a tun/tap device, as the task_file iterator reports it. */
 struct qs_queue {
 	__u64 file;	  /* tells two fds of one open file from two queues */
-	__u64 attachment; /* another value each time that a program is attached; 0 for none */
+	__u64 attachment; /* where the kernel keeps it: another one when replaced; 0 for none */
 	__u32 pid;
 	__u32 fd;
 	__u32 netns; /* inode number of the network namespace */
@@ -103,5 +106,11 @@ struct qs_queue {
 };
 
 _Static_assert(sizeof(struct qs_queue) == 88, "no hidden padding");
+
+/* What the programs that look at tun devices keep between two runs. */
+struct qs_tun_state {
+	__u64 tun_fops; /* the address of tun's file operations, 0 until it is learnt */
+	__u64 digest;
+};
 
 #endif

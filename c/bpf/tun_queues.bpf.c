@@ -1,98 +1,10 @@
 // SPDX-License-Identifier: BSD-2-Clause
 /*
  * The kernel's own word on every open queue of every tun device: who holds it, which device it
- * belongs to, and which steering program is attached.
- *
- * Theory of operation
- *
- * A task_file iterator sees every open file of the host.  Those of tun are told by their file
- * operations, whose address is learnt first: one run over the caller's own process, limited to the
- * fd (of /dev/net/tun) that the caller opened for this, fills tun_fops; the run over all processes
- * then reports.  The structures are those of drivers/net/tun.c; where tun is a module, libbpf finds
- * them in the module's BTF.
+ * belongs to, and which steering program is attached.  A task_file iterator sees every open file
+ * of the host.
  */
-#include <linux/bpf.h>
-#include <bpf/bpf_core_read.h>
-#include <bpf/bpf_helpers.h>
-#include <stdbool.h>
-
-#include "abi.h"
-
-#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
-
-struct seq_file;
-struct file_operations;
-
-struct file {
-	const struct file_operations *f_op;
-	void *private_data;
-};
-
-struct task_struct {
-	int tgid;
-	char comm[16];
-	struct task_struct *group_leader;
-};
-
-struct bpf_iter_meta {
-	struct seq_file *seq;
-};
-
-struct bpf_iter__task_file {
-	struct bpf_iter_meta *meta;
-	struct task_struct *task;
-	__u32 fd;
-	struct file *file;
-};
-
-struct ns_common {
-	unsigned int inum;
-};
-
-struct net {
-	struct ns_common ns;
-};
-
-typedef struct {
-	struct net *net;
-} possible_net_t;
-
-struct net_device {
-	char name[16];
-	int ifindex;
-	possible_net_t nd_net;
-};
-
-struct bpf_prog_aux {
-	__u32 id;
-};
-
-struct bpf_prog {
-	struct bpf_prog_aux *aux;
-};
-
-struct tun_prog {
-	struct bpf_prog *prog;
-};
-
-struct tun_struct {
-	unsigned int numqueues;
-	unsigned int flags;
-	struct net_device *dev;
-	unsigned int numdisabled;
-	struct tun_prog *steering_prog;
-};
-
-struct tun_file {
-	struct tun_struct *tun;
-	__u16 queue_index;
-	struct tun_struct *detached;
-};
-
-#pragma clang attribute pop
-
-const volatile __u32 learner_fd = 0;
-__u64 tun_fops = 0;
+#include "tun.h"
 
 SEC("iter/task_file")
 int qsteer_tun_queues(struct bpf_iter__task_file *ctx)
@@ -105,14 +17,7 @@ int qsteer_tun_queues(struct bpf_iter__task_file *ctx)
 	struct tun_prog *prog;
 	struct net_device *dev;
 
-	if (!task || !file)
-		return 0;
-	if (!tun_fops) {
-		if (ctx->fd == learner_fd)
-			tun_fops = (__u64)file->f_op;
-		return 0;
-	}
-	if ((__u64)file->f_op != tun_fops)
+	if (!task || !file || !qs_is_tun(ctx->fd, file))
 		return 0;
 
 	tfile = file->private_data;
@@ -140,5 +45,3 @@ int qsteer_tun_queues(struct bpf_iter__task_file *ctx)
 	bpf_seq_write(ctx->meta->seq, &q, sizeof(q));
 	return 0;
 }
-
-char LICENSE[] SEC("license") = "Dual BSD/GPL";

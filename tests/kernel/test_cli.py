@@ -47,7 +47,7 @@ def dev(tap: support.TapUnderTest) -> Iterator[tuple[str, ...]]:
 def test_from_nothing_to_steered_and_back(dev: tuple[str, ...]) -> None:
     (before,) = document("status", *dev)
     assert (before["program"], before["engine"], before["state"]) == (None, "automq", "not steered")
-    assert before["queues"] == {"active": 4, "attached": 4}
+    assert before["queues"] == {"active": 4, "attached": 4, "used": None}
     assert before["holder"]["pid"] == os.getpid()
 
     done = qsteer("apply", *dev, "--types", "tcp4,ip4", "--key", KEY, "--equal", "3", "--unclassified-queue", "2")
@@ -202,13 +202,13 @@ def test_a_single_queue_has_nothing_to_steer(namespace: str) -> None:
 
 def test_without_rights(dev: tuple[str, ...], tmp_path: Path) -> None:
     """As root without any capability but to read a checkout in a closed home: what is missing is named."""
-    for verb in (("status",), ("apply", *dev)):
+    for verb, code in ((("status",), 0), (("status", "--check"), 4), (("show",), 4), (("apply", *dev), 4)):
         reads = "-all,+dac_read_search"
         bare = ("setpriv", "--securebits=+noroot", f"--inh-caps={reads}", f"--ambient-caps={reads}")
         done = subprocess.run(
             [*bare, sys.executable, "-m", "qsteer", *verb], capture_output=True, text=True, check=False
         )
-        assert done.returncode == 4, done.stderr
+        assert done.returncode == code, done.stderr
         assert "CAP_BPF" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -288,8 +288,32 @@ def test_a_launcher_that_keeps_the_queues_does_not_hide_the_vm(tap: support.TapU
         child.communicate()
 
 
+def test_only_where_nothing_is_attached(dev: tuple[str, ...]) -> None:
+    assert qsteer("apply", *dev, "--if-absent").returncode == 0
+    first = attached()
+    done = qsteer("apply", *dev, "--if-absent", "--equal", "1")
+    assert (done.returncode, attached()) == (0, first)
+    assert "unchanged" in done.stdout and "--if-absent" in done.stdout
+
+
+def test_only_what_was_looked_at(dev: tuple[str, ...]) -> None:
+    (seen,) = document("status", *dev)
+    assert f"(revision {seen['revision']})" in qsteer("apply", "-n", *dev).stdout
+    done = qsteer("apply", *dev, "--expect", seen["revision"], "--equal", "2")
+    assert done.returncode == 0, done.stderr
+    first = attached()
+    for verb in ("apply", "off"):
+        done = qsteer(verb, *dev, "--expect", seen["revision"])
+        assert (done.returncode, attached()) == (8, first)
+        assert "it has changed" in done.stderr
+    (now,) = document("status", *dev)
+    assert qsteer("off", *dev, "--expect", now["revision"]).returncode == 0
+    assert attached() == 0
+
+
 def test_another_pid_namespace_is_refused(dev: tuple[str, ...]) -> None:
     """The kernel tells the host's pids; a container's are others."""
-    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-m", "qsteer", "status"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 5 and "pid namespace" in done.stderr
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-m", "qsteer"]
+    for verb, code in ((("status",), 0), (("status", "--check"), 5), (("off", *dev), 5)):
+        done = subprocess.run([*command, *verb], capture_output=True, text=True, check=False)
+        assert done.returncode == code and "pid namespace" in done.stderr

@@ -2,6 +2,7 @@
 """Every step of a plan fails in turn: what had been done is undone, and the tap is as it was."""
 
 import dataclasses
+import errno
 import os
 import signal
 import subprocess
@@ -12,10 +13,12 @@ from types import ModuleType
 import pytest
 
 from qsteer import execute, holds, inventory, kernel, procs, programs
-from qsteer.errors import BusyError, ConflictError, QsteerError
-from qsteer.model import Source, Tap
-from qsteer.plan import Static, Wanted, plan_apply, plan_off
-from tests.kernel import support
+from qsteer.errors import BusyError, ConflictError, QsteerError, UnsupportedError
+from qsteer.model import Build, Source, Tap
+from qsteer.plan import Plan, Refresh, Static, Wanted, plan_apply, plan_off
+from qsteer.reference import queue_of
+from qsteer.rss import BASE_TYPES, RssConfig
+from tests.kernel import private, standin, support
 
 pytestmark = pytest.mark.root
 
@@ -26,9 +29,16 @@ def seen() -> Tap:
     return next(tap for tap in taps if tap.holder and tap.holder.pid == os.getpid())
 
 
+@pytest.fixture(autouse=True, scope="module")
+def memory() -> Iterator[None]:
+    with private.memory():
+        yield
+
+
 @pytest.fixture(autouse=True)
-def own_runtime_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holds, "RUNTIME", tmp_path_factory.mktemp("run"))
+def no_holds(memory: None) -> Iterator[None]:
+    yield
+    private.forget_holds()
 
 
 @pytest.fixture
@@ -93,10 +103,13 @@ def test_undo_leaves_what_came_after_it(
     """QEMU attaches its program right after us: that is a conflict, and QEMU's program stays."""
     foreign = support.foreign_program(1)
     attach = kernel.attach
+    attached: list[int] = []
 
     def overtaken(queue_fd: int, prog_fd: int) -> None:
         attach(queue_fd, prog_fd)
-        attach(queue_fd, foreign)
+        if not attached:
+            attach(queue_fd, foreign)
+        attached.append(prog_fd)
 
     plan = plan_apply(seen(), STATIC)
     with monkeypatch.context() as patched:
@@ -104,6 +117,7 @@ def test_undo_leaves_what_came_after_it(
         with pytest.raises(ConflictError, match="something else"):
             execute.execute(plan)
     assert seen().program_id == programs.program_info_of(foreign).id
+    assert len(attached) == 1
     os.close(foreign)
 
 
@@ -205,3 +219,111 @@ def test_off_killed_before_it_detaches(steered: int) -> None:
     done = support.qsteer("off", "--pid", str(os.getpid()))
     assert done.returncode == 0 and seen().program_id == 0
     assert support.qsteer("apply", "--pid", str(os.getpid())).returncode == 0
+
+
+def test_refresh_goes_on_with_the_maps(steered: int) -> None:
+    """The same three maps in another program, with whatever they hold."""
+    before = seen()
+    assert before.program and before.program.ident
+    done = execute.execute(
+        Plan(
+            tap=before,
+            steps=(Refresh(source=Source.STATIC, displaced=before.program.ident.displaced),),
+            result="refreshed",
+            source=Source.STATIC,
+            program_id=None,
+        )
+    )
+    after = seen()
+    assert after.program and after.program_id == done != steered
+    maps = [(info.config_id, info.key_id, info.table_id) for info in (before.program, after.program)]
+    assert maps[0] == maps[1]
+    assert after.content == before.content
+    assert after.program.ident == before.program.ident
+
+
+def test_a_refresh_of_what_went_away(steered: int, tap: support.TapUnderTest) -> None:
+    """Taken off between looking and refreshing: that is somebody else's doing, and stays so."""
+    wanted = Plan(
+        tap=seen(),
+        steps=(Refresh(source=Source.STATIC, displaced=0),),
+        result="refreshed",
+        source=Source.STATIC,
+        program_id=None,
+    )
+    kernel.detach(tap.open.fds[0])
+    with pytest.raises(BusyError, match="meanwhile"):
+        execute.execute(wanted)
+    assert seen().program_id == 0
+
+
+@pytest.mark.parametrize("build", support.BUILDS)
+def test_maps_of_others_are_never_used(tap: support.TapUnderTest, build: Build) -> None:
+    foreign = support.foreign_program(1)
+    with pytest.raises(UnsupportedError, match="no maps"):
+        programs.load_program(
+            tap="qs-tap", source=Source.STATIC, maps_of=programs.program_info_of(foreign), build=build
+        )
+    os.close(foreign)
+
+
+@pytest.mark.parametrize("build", support.BUILDS)
+def test_maps_that_are_laid_out_otherwise(tap: support.TapUnderTest, build: Build) -> None:
+    """Each in the place of another, of another size; and one that BPF may only read, of the right size."""
+    bodies = programs._shared_bodies() if build is Build.SHARED_BODY else programs.NO_BODIES
+    program = programs.load_program(tap="qs-tap", source=Source.STATIC)
+    config, key, table = program.fds[1:]
+    read_only = private.array_map(b"tap_rss_map_con", 10, flags=private.BPF_F_RDONLY_PROG)
+    cases = (
+        (key, key, table),
+        (config, config, table),
+        (config, key, key),
+        (table, key, table),
+        (read_only, key, table),
+    )
+    try:
+        for maps in cases:
+            with pytest.raises(UnsupportedError) as caught:
+                programs._load(build, "qs-tap", Source.STATIC, 0, bodies, maps)
+            assert caught.value.errno == errno.EOPNOTSUPP
+        programs._load(build, "qs-tap", Source.STATIC, 0, bodies, (config, key, table)).close()
+    finally:
+        program.close()
+        os.close(read_only)
+        if bodies != programs.NO_BODIES:
+            os.close(bodies)
+
+
+@pytest.mark.parametrize("build", support.BUILDS)
+def test_maps_of_an_old_qemu(tap: support.TapUnderTest, build: Build) -> None:
+    """Before 9.0 the maps of QEMU's own program are not mmapable; nothing else about them differs."""
+    config = RssConfig(types=BASE_TYPES, key=bytes(range(40)), table=(5, 9, 7, 3), unclassified_queue=1)
+    maps = (
+        private.array_map(b"tap_rss_map_con", 10),
+        private.array_map(b"tap_rss_map_toe", 40),
+        private.array_map(b"tap_rss_map_ind", 2, entries=128),
+    )
+    bodies = programs._shared_bodies() if build is Build.SHARED_BODY else programs.NO_BODIES
+    program = programs._load(build, "qs-tap", Source.QEMU_MAPS, 0, bodies, maps)
+    try:
+        programs._write_config(program, config)
+        info = programs.program_info(program.id)
+        assert info.ident and info.ident.source is Source.QEMU_MAPS
+        assert programs.read_maps(info).config == config
+        for packet in standin.PACKETS:
+            assert programs.run_program(program.prog_fd, packet).queue == queue_of(packet, config)
+    finally:
+        program.close()
+        for fd in (*maps, bodies):
+            if fd != programs.NO_BODIES:
+                os.close(fd)
+
+
+def test_another_version_is_outdated(steered: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def outdated() -> bool:
+        program = seen().program
+        return bool(program and program.ident and program.ident.outdated)
+
+    assert not outdated()
+    monkeypatch.setattr(programs, "__version__", "0.0.9")
+    assert outdated()

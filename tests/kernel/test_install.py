@@ -123,7 +123,13 @@ def test_objects_have_btf_and_no_more(staged: Staged) -> None:
 
 def test_an_older_installation_is_replaced(staged: Staged) -> None:
     assert not (staged.tree / "lib/qsteer/file-of-an-older-release").exists()
-    assert sorted(path.name for path in (staged.tree / "lib").iterdir()) == ["qsteer"]
+    assert sorted(path.name for path in (staged.tree / "lib").iterdir()) == ["qsteer", "systemd"]
+
+
+def test_the_unit_and_the_manual_page_are_found(prefix: Path) -> None:
+    unit = (prefix / "lib/systemd/system/qsteer-keep.service").read_text()
+    assert f"ExecStart={prefix}/bin/qsteer keep" in unit and "@PREFIX@" not in unit
+    assert (prefix / "share/man/man8/qsteer.8").read_text() == (ROOT / "docs/qsteer.8").read_text()
 
 
 def test_an_installation_that_fails_leaves_the_older_one(prefix: Path) -> None:
@@ -133,7 +139,7 @@ def test_an_installation_that_fails_leaves_the_older_one(prefix: Path) -> None:
     subprocess.run((prefix / "bin/qsteer", "--help"), check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("foreign", ["bin/qsteer", "lib/qsteer"])
+@pytest.mark.parametrize("foreign", ["bin/qsteer", "lib/qsteer", "lib/systemd/system/qsteer-keep.service"])
 @pytest.mark.parametrize("target", ["install", "uninstall"])
 def test_what_is_not_ours_stays(tmp_path: Path, target: str, foreign: str) -> None:
     path = tmp_path / foreign
@@ -167,7 +173,7 @@ def test_uninstall_takes_exactly_that_and_leaves_taps_steered(prefix: Path) -> N
         assert done.returncode == 0, done.stderr
         assert "stay steered" in done.stdout
         left = {path.relative_to(prefix).as_posix() for path in prefix.rglob("*")}
-        assert left == {"bin", "bin/another-command", "lib"}
+        assert left == {"bin", "bin/another-command", "lib", "share"}
 
         attached = {queue.program_id for queue in kernel.open_queues() if queue.tap == tap.name}
         assert attached == {program.id}

@@ -305,8 +305,10 @@ def test_the_body_is_gone(tap: support.TapUnderTest) -> None:
         programs.refill_bodies(info)
         assert programs.body_present(info)
         assert programs.run_program(program.prog_fd, flows()[0]).queue == queue_of(flows()[0], EVERYTHING)
+        assert support.qsteer("status", "--check", "--pid", str(os.getpid())).returncode == 0
         programs.bodies_pin().with_name(f"bodies-of-map-{info.bodies_id}").unlink()
-        assert "broken" in support.qsteer("status", "--pid", str(os.getpid())).stdout
+        checked = support.qsteer("status", "--check", "--pid", str(os.getpid()))
+        assert checked.returncode == 7 and "broken" in checked.stdout
         done = support.qsteer("apply", "--pid", str(os.getpid()))
         assert done.returncode == 0 and "replaced" in done.stdout, done.stderr
         assert "ok" in support.qsteer("status", "--pid", str(os.getpid())).stdout

@@ -8,7 +8,17 @@ import time
 import pytest
 
 from qsteer.errors import UsageError
-from qsteer.ethtool import TEXT_MAX, Parsed, format_table, parse
+from qsteer.ethtool import (
+    TEXT_MAX,
+    FlowHash,
+    Parsed,
+    format_table,
+    has_no_table,
+    hash_types,
+    parse,
+    parse_flow_hash,
+    parse_receive_hashing,
+)
 from qsteer.rss import BASE_TYPES, HashType, RssConfig, equal_table, format_key
 from tests.packets import ALL_TYPES, random_config
 
@@ -131,6 +141,17 @@ class TestParse:
     )
     def test_harmless_differences(self, text: str) -> None:
         assert parse(text) == Parsed(table=TABLE, key=KEY)
+
+
+NO_RSS = f"{HEADING}Operation not supported\nRSS hash key:\nOperation not supported\n{FUNCTION}"
+
+
+def test_a_device_without_rss() -> None:
+    """As ethtool 6.1, and 6.14 to 7.2, print it of a virtio_net that was not offered RSS; the exit status is 0."""
+    assert has_no_table(NO_RSS)
+    assert has_no_table(f"\n{NO_RSS}RSS input transformation:\n    symmetric-xor: off\n")
+    for text in ("", HEADING, ETHTOOL_6_1, "Operation not supported\n", f"x\n{NO_RSS}", HEADING * 2):
+        assert not has_no_table(text)
 
 
 BAD = {
@@ -283,3 +304,74 @@ class TestBadText:
             assert len(got.table) in (1, 2, 4, 8, 16)
             assert got.key is None or len(format_key(got.key)) == len(KEY_TEXT)
         assert 1000 < refused < 3000
+
+
+FLOW_HEADING = "UDP over IPV4 flows use these fields for computing Hash flow key:\n"
+PORTS = "L4 bytes 0 & 1 [TCP/UDP src port]\nL4 bytes 2 & 3 [TCP/UDP dst port]\n"
+
+
+class TestFlowHash:
+    """``ethtool -n DEV rx-flow-hash udp4``, as ethtool 6.1 prints it of a virtio_net."""
+
+    @pytest.mark.parametrize(
+        ("text", "want"),
+        [
+            (f"{FLOW_HEADING}IP SA\nIP DA\n{PORTS}\n", FlowHash.PORTS),
+            (f"{FLOW_HEADING}IP SA\nIP DA\n\n", FlowHash.ADDRESSES),
+            (f"{FLOW_HEADING}None\n", FlowHash.NOTHING),
+            (f"{FLOW_HEADING}None\n".replace("\n", "\r\n"), FlowHash.NOTHING),
+        ],
+    )
+    def test_what_ethtool_prints(self, text: str, want: FlowHash) -> None:
+        assert parse_flow_hash(text, "udp4") is want
+        assert parse_flow_hash(text.replace("UDP over IPV4", "TCP over IPV6"), "tcp6") is want
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "\n",
+            FLOW_HEADING,
+            f"{FLOW_HEADING}\n\n",
+            f"{FLOW_HEADING}IP SA\n",
+            f"{FLOW_HEADING}IP DA\nIP SA\n",
+            f"{FLOW_HEADING}{PORTS}",
+            f"{FLOW_HEADING}IP SA\nIP DA\nVLAN tag\n",
+            f"{FLOW_HEADING}None\nNone\n",
+            f"{FLOW_HEADING}\x1b[2J\n",
+            f"For RSS context 1:\n{FLOW_HEADING}None\n",
+            f"{FLOW_HEADING}None\n".replace("UDP", "TCP"),
+            f"{FLOW_HEADING}{'IP SA' * TEXT_MAX}",
+        ],
+    )
+    def test_anything_else(self, text: str) -> None:
+        with pytest.raises(UsageError) as caught:
+            parse_flow_hash(text, "udp4")
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 200
+
+    @pytest.mark.parametrize("types", range(64))
+    def test_hash_types(self, types: int) -> None:
+        """All that virtio_net can have: what its driver makes of the types leads back to them."""
+        want = HashType(types)
+        flows = {}
+        for flow in ("tcp4", "udp4", "tcp6", "udp6"):
+            addresses = FlowHash.ADDRESSES if HashType[f"IP{flow[3]}"] in want else FlowHash.NOTHING
+            flows[flow] = FlowHash.PORTS if HashType[flow.upper()] in want else addresses
+        for version in "46":
+            if FlowHash.PORTS is flows[f"tcp{version}"] is flows[f"udp{version}"]:
+                want |= HashType[f"IP{version}"]  # it does not show, and is taken to be there
+        assert hash_types(flows) == want
+
+    @pytest.mark.parametrize("family", ["4", "6"])
+    def test_answers_that_contradict_each_other(self, family: str) -> None:
+        flows = dict.fromkeys(("tcp4", "udp4", "tcp6", "udp6"), FlowHash.ADDRESSES)
+        with pytest.raises(UsageError, match=f"IPv{family}"):
+            hash_types(flows | {f"udp{family}": FlowHash.NOTHING})
+
+    def test_receive_hashing(self) -> None:
+        around = "Features for eth0:\nrx-checksumming: on\n{}\nhighdma: on [fixed]\n"
+        for line in ("receive-hashing: on", "receive-hashing: on [fixed]", "receive-hashing: on [requested off]"):
+            assert parse_receive_hashing(around.format(line))
+        for line in ("receive-hashing: off", "receive-hashing: off [requested on]", "", "receive-hashing: onward"):
+            assert not parse_receive_hashing(around.format(line))

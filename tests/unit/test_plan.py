@@ -2,141 +2,43 @@
 """Every decision of apply and off, without a kernel."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
-from qsteer import plan, qemuargs
-from qsteer.errors import ConflictError, NotFoundError, QsteerError, UnsupportedError, UsageError
-from qsteer.model import (
-    Build,
-    Held,
-    Ident,
-    Kind,
-    MapsContent,
-    Nic,
-    OpenQueue,
-    Process,
-    ProgramInfo,
-    Source,
-    Tap,
-)
+from qsteer.errors import BusyError, ConflictError, UnsupportedError
+from qsteer.model import Kind, ProgramInfo, Reading, Source
 from qsteer.plan import (
     Attach,
     AttachHeld,
     Detach,
     PutHold,
     RefillBody,
+    Refresh,
     RemoveHold,
     Static,
     Wanted,
+    describe,
     plan_apply,
     plan_off,
-    state,
+    readings_wanted,
+    revision,
 )
 from qsteer.rss import BASE_TYPES, HashType, RssConfig
-from qsteer.selection import Selection, select
-
-KEY = bytes(range(40))
-CONFIG = RssConfig(types=BASE_TYPES, key=KEY, table=tuple(range(128)))
-
-
-def program(kind: Kind, *, id: int = 7, source: Source = Source.STATIC, displaced: int = 0) -> ProgramInfo:
-    ident = None
-    if kind is Kind.QSTEER:
-        ident = Ident(
-            abi=1,
-            build=Build.SHARED_BODY,
-            source=source,
-            displaced=displaced,
-            version="0.1.0",
-            tap="vnet0",
-            outdated=False,
-        )
-    maps = (0, 0, 0) if kind is Kind.FOREIGN else (1, 2, 3)
-    return ProgramInfo(
-        id=id,
-        kind=kind,
-        name={Kind.QSTEER: "qsteer_tap", Kind.QEMU: "tun_rss_steerin", Kind.FOREIGN: "lb_steer"}[kind],
-        tag="0011223344556677",
-        loaded_ns=0,
-        uid=0,
-        config_id=maps[0],
-        key_id=maps[1],
-        table_id=maps[2],
-        bodies_id=0,
-        verified_instructions=0,
-        ident=ident,
-    )
-
-
-def content(*, enabled: bool = True) -> MapsContent:
-    return MapsContent(enabled=enabled, config=CONFIG)
-
-
-def process(pid: int = 100, name: str = "web1") -> Process:
-    args = qemuargs.parse(("qemu-system-x86_64", "-name", name))
-    return Process(pid=pid, started=1, uid=64055, comm="qemu-system-x86", args=args)
-
-
-def queue(pid: int = 100, tap: str = "vnet0") -> OpenQueue:
-    return OpenQueue(
-        file=1,
-        pid=pid,
-        fd=9,
-        comm="qemu-system-x86",
-        tap=tap,
-        ifindex=4,
-        netns=1,
-        index=0,
-        detached=False,
-        active=4,
-        disabled=0,
-        program_id=0,
-        attachment=0,
-        is_tap=True,
-        multi_queue=True,
-        persistent=False,
-    )
-
-
-def tap(**changed: Any) -> Tap:
-    """A tap of a VM without RSS, with nothing attached."""
-    attached = changed.get("program")
-    values: dict[str, Any] = {
-        "name": "vnet0",
-        "ifindex": 4,
-        "netns": 1,
-        "active": 4,
-        "disabled": 0,
-        "multi_queue": True,
-        "persistent": False,
-        "queues": (queue(),),
-        "program_id": attached.id if attached else 0,
-        "program": None,
-        "content": content() if attached and attached.kind is not Kind.FOREIGN else None,
-        "body_present": True,
-        "program_holders": (),
-        "holder": process(),
-        "domain": None,
-        "nic": Nic(id=None, netdev="net0", mac=None, rss=False, vhost=False),
-        "held": (),
-        "hold": False,
-    }
-    return Tap(**values | changed)
-
-
-RSS_NIC = Nic(id=None, netdev="net0", mac=None, rss=True, vhost=False)
-RSS_VHOST_NIC = Nic(id=None, netdev="net0", mac=None, rss=True, vhost=True)
-OWN_STATIC = program(Kind.QSTEER)
-OWN_SHARED = program(Kind.QSTEER, id=8, source=Source.SHARED_MAPS)
-QEMUS = program(Kind.QEMU, id=9)
-FOREIGN = program(Kind.FOREIGN, id=10)
-STATIC = Wanted(source=Source.STATIC)
-
-
-def held(info: ProgramInfo, *, enabled: bool = True) -> tuple[Held, ...]:
-    return (Held(fd=20, info=info, content=content(enabled=enabled)),)
+from tests.unit.taps import (
+    CONFIG,
+    FOREIGN,
+    KEY,
+    OWN_SHARED,
+    OWN_STATIC,
+    QEMUS,
+    RSS_NIC,
+    RSS_VHOST_NIC,
+    STATIC,
+    content,
+    held,
+    program,
+    tap,
+)
 
 
 def key(length: int) -> bytes:
@@ -269,11 +171,10 @@ def test_a_body_that_is_gone_is_mended() -> None:
     assert (made.steps, made.result, made.program_id) == ((RefillBody(),), "mended", OWN_SHARED.id)
 
 
-def test_a_body_of_another_version_cannot_be_mended() -> None:
-    assert OWN_SHARED.ident
-    old = replace(OWN_SHARED, ident=replace(OWN_SHARED.ident, outdated=True))
-    with pytest.raises(UnsupportedError, match="another version"):
-        plan_apply(tap(program=old, held=held(old), body_present=False), Wanted())
+def test_a_body_of_another_version_is_mended_by_a_program_of_this_one() -> None:
+    old = outdated(OWN_SHARED)
+    made = plan_apply(tap(program=old, held=held(old), body_present=False), Wanted())
+    assert (made.steps, made.result) == ((Refresh(source=Source.SHARED_MAPS, displaced=0),), "mended")
 
 
 def test_apply_waits_for_the_guest() -> None:
@@ -313,69 +214,151 @@ def test_shared_maps_that_are_not_there() -> None:
         plan_apply(tap(), Wanted(source=Source.SHARED_MAPS))
 
 
-@pytest.mark.parametrize(
-    ("seen", "wanted"),
-    [
-        (tap(), "not steered"),
-        (tap(multi_queue=False, active=1), "single queue"),
-        (tap(hold=True), "held off"),
-        (tap(program=OWN_STATIC), "ok"),
-        (tap(program=OWN_STATIC, body_present=False), "broken: the shared body is gone"),
-        (tap(program=OWN_STATIC, nic=RSS_NIC), "undone: QEMU steers in software"),
-        (tap(program=QEMUS, nic=RSS_NIC, held=held(QEMUS)), "ok"),
-        (tap(program=FOREIGN), '"lb_steer", loaded by uid 0'),
-        (tap(program=FOREIGN, program_holders=(910,)), '"lb_steer", loaded by uid 0, held by pid 910'),
-        (tap(program_id=3), "steered, no right to see by whom"),
-        (tap(nic=RSS_NIC), "guest is offered RSS, QEMU steers in software"),
-        (tap(nic=RSS_VHOST_NIC), "guest is offered RSS, not steered"),
-        (tap(nic=RSS_NIC, held=held(OWN_SHARED)), "ready, the guest has not asked for RSS"),
-        (tap(nic=RSS_NIC, held=held(QEMUS)), "ready, the guest has not asked for RSS"),
-        (tap(nic=RSS_NIC, held=held(OWN_SHARED, enabled=False)), "ready, the guest has not asked for RSS"),
-    ],
-)
-def test_state(seen: Tap, wanted: str) -> None:
-    assert state(seen) == wanted
-
-
 def test_plans_can_be_read() -> None:
-    assert str(Attach(config=CONFIG, displaced=9)).endswith("in place of program 9")
+    assert str(Attach(config=CONFIG, source=Source.STATIC, displaced=9)).endswith("in place of program 9")
     assert all(str(step) for step in (AttachHeld(program_id=1, fd=2), Detach(), PutHold(), RemoveHold()))
-    assert plan.describe(FOREIGN) == 'program 10 ("lb_steer", tag 0011223344556677, loaded by uid 0)'
+    assert describe(FOREIGN) == 'program 10 ("lb_steer", tag 0011223344556677, loaded by uid 0)'
 
 
-def test_selectors() -> None:
-    web = tap()
-    db = tap(name="vnet1", holder=process(200, "db1"), queues=(queue(200, "vnet1"),))
-    vpn = tap(name="tap9", holder=None, queues=(queue(300, "tap9"),))
-    taps = (web, db, vpn)
-    assert select(taps, Selection(vms=("web1",))) == (web,)
-    assert select(taps, Selection(vms=("web1", "db1"))) == (web, db)
-    assert select(taps, Selection(every=True)) == (web, db)
-    assert select(taps, Selection(pids=(300,))) == (vpn,)
-    assert select(taps, Selection(taps=("vnet1",), vms=("db1",))) == (db,)
-    for nobody in (
-        Selection(vms=("db1",), taps=("vnet0",)),
-        Selection(pids=(1,)),
-        Selection(taps=("eth0",)),
-        Selection(taps=("vnet0", "eth0")),
-        Selection(vms=("web1", "web2")),
-        Selection(pids=(300, 301)),
+def outdated(info: ProgramInfo) -> ProgramInfo:
+    assert info.ident
+    return replace(info, ident=replace(info.ident, outdated=True, version="0.0.9"))
+
+
+def test_refresh_swaps_only_what_is_of_another_version() -> None:
+    refresh = Wanted(refresh=True)
+    old = tap(program=outdated(program(Kind.QSTEER, displaced=9)), hold=True)
+    assert plan_apply(old, refresh).steps == (Refresh(source=Source.STATIC, displaced=9), RemoveHold())
+    assert plan_apply(old, Wanted()).result == "unchanged", "an upgrade is no drift"
+    for nothing_to_refresh in (tap(program=OWN_STATIC), tap(), tap(program=FOREIGN), tap(program=QEMUS)):
+        made = plan_apply(nothing_to_refresh, refresh)
+        assert (made.result, made.steps) == ("unchanged", ())
+        assert "nothing to refresh" in made.notes[0]
+    followed = tap(program=outdated(OWN_SHARED), held=held(outdated(OWN_SHARED)))
+    made = plan_apply(followed, refresh)
+    assert made.steps == (Refresh(source=Source.SHARED_MAPS, displaced=0),)
+    assert "QEMU holds the old program" in made.notes[0]
+
+
+def test_if_absent_leaves_whatever_is_there() -> None:
+    wanted = Wanted(source=Source.STATIC, if_absent=True)
+    for attached in (FOREIGN, QEMUS, OWN_STATIC):
+        made = plan_apply(tap(program=attached, hold=True), wanted)
+        assert (made.steps, made.result, made.program_id) == ((), "unchanged", attached.id)
+    assert plan_apply(tap(), wanted).result == "attached"
+
+
+def test_expect_refuses_what_has_changed() -> None:
+    seen = tap(program=OWN_STATIC)
+    expecting = Wanted(source=Source.STATIC, static=Static(table=(1,)), expect=revision(seen))
+    assert plan_apply(seen, expecting).result == "replaced"
+    other = content(config=replace(CONFIG, table=(3,)))
+    for changed in (tap(), tap(program=program(Kind.QSTEER, id=70)), replace(seen, content=other)):
+        with pytest.raises(BusyError, match="revision"):
+            plan_apply(changed, expecting)
+        with pytest.raises(BusyError, match="revision"):
+            plan_off(changed, expect=revision(seen))
+
+
+READ = Reading(source=Source.DEVICE_STATE, config=replace(CONFIG, table=(2, 1)), paused_ms=2.25)
+FROM_STATE = program(Kind.QSTEER, id=11, source=Source.DEVICE_STATE)
+
+
+def test_what_the_guest_asks_for_is_read_only_where_nothing_else_tells() -> None:
+    ask, pause = (Source.GUEST_AGENT,), (Source.DEVICE_STATE, Source.GUEST_AGENT)
+    offered = tap(nic=RSS_VHOST_NIC)
+    assert readings_wanted(offered, Wanted()) == ask
+    assert readings_wanted(offered, Wanted(allow_pause=True)) == pause
+    assert readings_wanted(tap(nic=RSS_NIC), Wanted(allow_pause=True)) == pause, "QEMU's software steering agrees then"
+    for nothing_to_ask in (
+        tap(),
+        tap(nic=None),
+        tap(active=1, nic=RSS_NIC),
+        tap(nic=RSS_NIC, held=held(OWN_SHARED)),
+        tap(nic=RSS_NIC, held=held(QEMUS, enabled=False)),
+        tap(nic=RSS_VHOST_NIC, program=OWN_STATIC),
+        tap(nic=RSS_VHOST_NIC, program=FOREIGN),
     ):
-        with pytest.raises(NotFoundError):
-            select(taps, nobody)
-    alone = tap(name="vnet2", active=1)
-    assert select((*taps, alone), Selection(every=True)) == (web, db)
+        assert readings_wanted(nothing_to_ask, Wanted(allow_pause=True)) == ()
+    assert readings_wanted(offered, STATIC) == ()
+    assert readings_wanted(offered, Wanted(static=Static(table=(0,)))) == ()
+    assert readings_wanted(tap(), Wanted(source=Source.DEVICE_STATE)) == (Source.DEVICE_STATE,)
+    assert readings_wanted(tap(nic=RSS_VHOST_NIC, program=FROM_STATE), Wanted()) == ask, "read again"
+    assert readings_wanted(tap(program=FOREIGN, nic=RSS_NIC), Wanted(if_absent=True)) == ()
 
 
-def test_a_tap_name_of_two_namespaces_is_refused() -> None:
-    there = tap(netns=2, holder=process(200, "db1"), queues=(queue(200),))
-    with pytest.raises(UsageError, match="pid 100"):
-        select((tap(), there), Selection(taps=("vnet0",)))
-    assert select((tap(), there), Selection(taps=("vnet0",), pids=(200,))) == (there,)
+def test_with_vhost_maps_that_stay_empty_are_not_trusted() -> None:
+    """QEMU 10.1 and later ignores the program that it was given where vhost is on."""
+    given = tap(nic=RSS_VHOST_NIC, held=held(OWN_SHARED, enabled=False))
+    assert readings_wanted(given, Wanted()) == (Source.GUEST_AGENT,)
+    assert plan_apply(given, Wanted()).result == "ready"
+    assert plan_apply(replace(given, reading=READ), Wanted()).source is Source.DEVICE_STATE
+    nothing_asked = replace(given, reading=replace(READ, config=None))
+    assert plan_apply(nothing_asked, Wanted()).source is Source.SHARED_MAPS
+    used = tap(nic=RSS_VHOST_NIC, held=held(OWN_SHARED))
+    assert readings_wanted(used, Wanted()) == ()
 
 
-def test_a_name_of_two_vms_is_refused_with_the_candidates() -> None:
-    twice = (tap(), tap(name="vnet1", holder=process(200), queues=(queue(200, "vnet1"),)))
-    with pytest.raises(UsageError, match="pid 100, uid 64055, vnet0; pid 200, uid 64055, vnet1"):
-        select(twice, Selection(vms=("web1",)))
-    assert issubclass(UsageError, QsteerError)
+def test_steering_by_what_was_read() -> None:
+    made = plan_apply(tap(nic=RSS_NIC, reading=READ, hold=True), Wanted())
+    assert READ.config
+    assert made.steps == (Attach(config=READ.config, source=Source.DEVICE_STATE, displaced=0), RemoveHold())
+    assert (made.result, made.source) == ("attached", Source.DEVICE_STATE)
+    assert "stood still for 2.2 ms" in made.notes[0]
+    guessed = plan_apply(tap(nic=RSS_NIC, reading=replace(READ, exact_types=False)), Wanted())
+    assert any("hash types could not be read" in note for note in guessed.notes)
+
+
+def test_what_was_read_again_and_is_the_same() -> None:
+    same = tap(nic=RSS_NIC, program=FROM_STATE, content=content(config=READ.config), reading=READ)
+    assert (plan_apply(same, Wanted()).result, plan_apply(same, Wanted()).steps) == ("unchanged", ())
+    other = replace(same, content=content())
+    assert plan_apply(other, Wanted()).result == "replaced"
+    broken = replace(same, body_present=False)
+    assert plan_apply(broken, Wanted()).result == "replaced"
+    by_hand = tap(nic=RSS_NIC, program=OWN_STATIC, content=content(config=READ.config), reading=READ)
+    assert plan_apply(by_hand, Wanted(source=Source.DEVICE_STATE)).result == "replaced", (
+        "it is to be named by its source"
+    )
+
+
+def test_a_guest_that_asks_for_nothing_any_more() -> None:
+    silent = replace(READ, config=None)
+    made = plan_apply(tap(nic=RSS_NIC, program=FROM_STATE, reading=silent), Wanted())
+    assert (made.steps, made.result, made.program_id) == ((Detach(),), "ready", 0)
+    assert plan_apply(tap(nic=RSS_NIC, reading=silent), Wanted()).steps == ()
+
+
+def test_a_foreign_program_stays_whatever_was_read() -> None:
+    with pytest.raises(ConflictError):
+        plan_apply(tap(nic=RSS_NIC, program=FOREIGN, reading=READ), Wanted(source=Source.DEVICE_STATE))
+    taken = plan_apply(
+        tap(program=QEMUS, held=held(QEMUS), reading=READ), Wanted(source=Source.DEVICE_STATE, replace=True)
+    )
+    (step,) = taken.steps
+    assert isinstance(step, Attach) and step.displaced == QEMUS.id
+
+
+def test_why_a_guest_could_not_be_asked() -> None:
+    with pytest.raises(UnsupportedError, match="--allow pause; no agent") as caught:
+        plan_apply(tap(nic=RSS_VHOST_NIC, unread=("no agent",)), Wanted())
+    assert "--source static" in caught.value.hint
+
+
+def test_qemus_own_maps_with_qsteers_program() -> None:
+    """With --replace qsteer's program steers by the very maps that QEMU writes."""
+    own = tap(program=QEMUS, nic=RSS_NIC, held=held(QEMUS))
+    made = plan_apply(own, Wanted(replace=True))
+    assert made.steps == (Refresh(source=Source.QEMU_MAPS, displaced=QEMUS.id),)
+    ours = replace(program(Kind.QSTEER, id=12, source=Source.QEMU_MAPS), config_id=QEMUS.config_id)
+    over = tap(program=ours, nic=RSS_NIC, held=held(QEMUS))
+    assert plan_apply(over, Wanted()).result == "unchanged"
+    assert plan_apply(replace(over, body_present=False), Wanted()).steps == (RefillBody(),)
+
+
+def test_back_to_qemus_own_maps() -> None:
+    asked = Wanted(source=Source.QEMU_MAPS)
+    made = plan_apply(tap(program=OWN_STATIC, nic=RSS_NIC, held=held(QEMUS)), asked)
+    assert (made.steps, made.source) == ((AttachHeld(program_id=QEMUS.id, fd=20),), Source.QEMU_MAPS)
+    with pytest.raises(UnsupportedError, match="qemu-maps"):
+        plan_apply(tap(), asked)

@@ -82,7 +82,13 @@ def test_uuid_and_machine() -> None:
         (("-netdev", "{'type':'tap','id':'n','fds':'3:4'}"), {"id": "n", "fds": ("3", "4")}),
         (("-netdev", "tap,queues=99999999999"), {}),
         (("-netdev", '{"type":"tap","queues":true,"ifname":7,"id":"\\ud800"}'), {}),
-        (("-nic", "tap,id=n,model=virtio-net-pci"), {"option": "nic", "id": "n"}),
+        (
+            ("-nic", "tap,id=n,model=virtio-net-pci,mac=52:54:00:00:00:01"),
+            {"option": "nic", "id": "n", "model": "virtio-net-pci", "mac": "52:54:00:00:00:01"},
+        ),
+        (("-netdev", "stream,id=n,addr.type=unix,addr.path=/p"), {"kind": "stream", "id": "n", "path": "/p"}),
+        (("-netdev", '{"type":"dgram","addr":{"type":"unix","path":"/p"}}'), {"kind": "dgram", "path": "/p"}),
+        (("-netdev", '{"type":"dgram","addr":{"path":["/p"]},"addr.path":"/q"}'), {"kind": "dgram"}),
         (("-net", "nic", "-net", "tap,ifname=t1"), {"option": "net", "ifname": "t1"}),
     ],
 )
@@ -157,12 +163,108 @@ def test_global_that_is_none(text: str) -> None:
         (("-mon", "m,mode=control", "-chardev", "socket,id=m,fd=3,server=on"), ()),
         (("-mon", "m,mode=control", "-chardev", "socket,id=m,path=/q,server=on,abstract=on"), ()),
         (("-qmp", "chardev:m", "-chardev", "socket,id=m,path=/q,server=on"), ("/q",)),
+        (("-object", "monitor-qmp,id=q,chardev=m", "-chardev", "socket,id=m,path=/q,server=on"), ("/q",)),
+        (("-object", "qom-type=monitor-qmp,chardev=m,id=q", "-chardev", "socket,id=m,path=/q,server"), ("/q",)),
+        (
+            (
+                "-object",
+                '{"qom-type":"monitor-qmp","id":"q","chardev":"m"}',
+                "-chardev",
+                "socket,id=m,path=/q,server=on",
+            ),
+            ("/q",),
+        ),
+        (("-object", "monitor-hmp,id=q,chardev=m", "-chardev", "socket,id=m,path=/q,server=on"), ()),
+        (("-object", "monitor-qmp,id=q", "-chardev", "socket,id=m,path=/q,server=on"), ()),
+        (("-object", '{"qom-type":"monitor-qmp","chardev":["m"]}', "-chardev", "socket,id=m,path=/q,server=on"), ()),
+        (("-object", '{"qom-type":', "-qmp", "unix:/q,server=on"), ("/q",)),
         (("-mon", "other,mode=control", "-chardev", "socket,id=m,path=/q,server=on"), ()),
         (("-qmp", "unix:/a,server=on", "-qmp", "unix:/b,server=on"), ("/a", "/b")),
     ],
 )
 def test_qmp_paths(arguments: tuple[str, ...], paths: tuple[str, ...]) -> None:
     assert parse((QEMU, *arguments)).qmp_paths == paths
+
+
+AGENT_PORT = "virtserialport,bus=s.0,chardev=a,id=channel0,name=org.qemu.guest_agent.0"
+AGENT_SOCKET = "socket,path=/a,,b,server=on,wait=off,id=a"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path"),
+    [
+        (("-device", AGENT_PORT, "-chardev", AGENT_SOCKET), "/a,b"),
+        (("-chardev", AGENT_SOCKET, "-device", AGENT_PORT), "/a,b"),
+        (
+            (
+                *("-chardev", AGENT_SOCKET),
+                *("-device", '{"driver":"virtserialport","chardev":"a","name":"org.qemu.guest_agent.0"}'),
+            ),
+            "/a,b",
+        ),
+        (("-chardev", AGENT_SOCKET, "-device", AGENT_PORT.replace("guest_agent", "other")), None),
+        (("-chardev", AGENT_SOCKET, "-device", AGENT_PORT.replace("chardev=a", "chardev=b")), None),
+        (("-chardev", "socket,fd=27,server=on,id=a", "-device", AGENT_PORT), None),
+        (("-chardev", "socket,path=/client,id=a", "-device", AGENT_PORT), None),
+        (("-chardev", AGENT_SOCKET, "-device", '{"name":"org.qemu.guest_agent.0","chardev":7}'), None),
+        (("-device", AGENT_PORT), None),
+    ],
+)
+def test_agent_path(arguments: tuple[str, ...], path: str | None) -> None:
+    assert parse((QEMU, *arguments)).agent_path == path
+
+
+@pytest.mark.parametrize(
+    ("settings", "value"),
+    [
+        ((), None),
+        (("virtio-net-pci.rss=on",), "on"),
+        (("virtio-net.rss=on",), "on"),
+        (("virtio-net-pci.rss=on", "virtio-net.rss=off"), "off"),
+        (("virtio-net.rss=off", "virtio-net-pci.rss=on"), "on"),
+        (("virtio-net-pci.rss=on", "virtio-net-pci.rss=off"), "off"),
+        (("e1000.rss=on", "virtio-net-pci.mq=on"), None),
+    ],
+)
+def test_defaults(settings: tuple[str, ...], value: str | None) -> None:
+    args = parse((QEMU, *(word for setting in settings for word in ("-global", setting))))
+    assert qemuargs.Defaults(args.globals).get("virtio-net-pci", "rss") == value
+    assert qemuargs.defaults_of(args, "virtio-net-pci").get("rss") == value
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        ("/lib64/ld-linux-x86-64.so.2",),
+        ("/lib/ld-musl-x86_64.so.1", "--library-path", "/l"),
+        ("/lib64/ld64.so.2", "--argv0", "web1", "--inhibit-cache", "--preload", "-name"),
+        ("ld.so", "--glibc-hwcaps-mask", "x"),
+        ("/lib/ld-2.31.so",),
+    ],
+)
+def test_a_qemu_behind_the_dynamic_loader(loader: tuple[str, ...]) -> None:
+    argv = (*loader, "/opt/qemu/bin/qemu-system-x86_64", "-name", "web1", "-device", "virtio-net,netdev=n")
+    assert qemuargs.is_qemu(argv)
+    args = parse(argv)
+    assert args.name == "web1"
+    assert argv[args.devices[0].position] == "virtio-net,netdev=n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("/lib64/ld-linux-x86-64.so.2",),
+        ("/lib64/ld-linux-x86-64.so.2", "--library-path"),
+        ("/lib64/ld-linux-x86-64.so.2", "--library-path", "qemu-system-x86_64"),
+        ("/lib64/ld-linux-x86-64.so.2", "--list", "qemu-system-x86_64"),
+        ("/lib64/ld-linux-x86-64.so.2", "/bin/sleep", "qemu-system-x86_64"),
+        ("/bin/old", "qemu-system-x86_64"),
+        ("ldd.so.sh", "qemu-system-x86_64"),
+    ],
+)
+def test_what_is_no_qemu_behind_the_loader(argv: tuple[str, ...]) -> None:
+    assert not qemuargs.is_qemu(argv)
+    parse(argv)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 """The QMP edge against a QEMU made of a few lines of Python; integration/ has the real one."""
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -244,3 +245,37 @@ def test_execute_while_another_client_holds_the_monitor(tmp_path: Path, monitor:
 def test_execute_where_nobody_is(tmp_path: Path) -> None:
     with pytest.raises(QsteerError, match=r"cannot reach QEMU.*No such file"):
         qmp.execute(str(tmp_path / "qmp"), "do")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b'{"QMP":7}\n',
+        b"[" * 100_000 + b"\n",
+        json.dumps(GREETING).encode() + b"\n",
+        json.dumps(GREETING).encode() + b'\n{"return":{}}\n',
+        json.dumps(GREETING).encode() + b'\n{"return":{}}\n{"error":{"class":"x","desc":"y"}}\n',
+        json.dumps(GREETING).encode() + b'\n{"return":{}}\n\xff\xfe\n',
+    ],
+)
+def test_a_monitor_that_breaks_off(tmp_path: Path, said: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """However the other side ends it, there is one error, and asyncio does not print another."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "qmp"))
+        listener.listen(8)
+
+        def serve() -> None:
+            for _ in range(4):
+                client, _ = listener.accept()
+                with client:
+                    client.sendall(said)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        for _ in range(4):
+            with pytest.raises(QsteerError):
+                qmp.execute(str(tmp_path / "qmp"), "do")
+        server.join()
+    gc.collect()
+    assert not [record for record in caplog.records if record.name.startswith("asyncio")]

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Running libvirt domains, from libvirt's own status files: libvirt itself is never called.
+
+Theory of operation
+===================
+
+libvirt keeps ``NAME.xml`` (what the domain is like now, NICs that were plugged in included) and ``NAME.pid`` for every
+running domain: the system's daemon in /run/libvirt/qemu, a user's in /run/user/UID/libvirt/qemu/run.  The first are
+root's; the second anybody's, and count for processes of that very user only.
+
+A file may be left over from a QEMU that is gone, and its pid be another process's by now.  But libvirt lets every QEMU
+inherit its ``NAME.pid``, open and locked for writing (virCommandSetPidFile), until it ends.  Who has that lock is the
+kernel's word (F_GETLK), and only who may write to the file can take it: no name, clock or command line decides.
+
+What a user makes is opened without following symbolic links, and on the file system of that user's directory only: one
+of the user's own making (FUSE) could keep the reader waiting for ever.  All is bounded, and a document type (the place
+of entities) refused.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+
+from qsteer.errors import from_errno
+from qsteer.model import Domain, Interface, Process
+
+SYSTEM = Path("/run/libvirt/qemu")
+SESSIONS = Path("/run/user")
+SESSION_STEPS = ("libvirt", "qemu", "run")
+
+FILE_MAX = 4 << 20
+"""Bytes of a status file that are read; one of libvirt's is of 10 to 20 thousand, more with many disks."""
+FILES_MAX = 4096
+"""Files of one directory that are looked at."""
+
+_TEXT_MAX = 4096
+_ELEMENTS_MAX = 100_000
+_AGENT = "org.qemu.guest_agent.0"
+# struct flock of 64-bit Linux (asm-generic/fcntl.h), as fcntl() wants it: type, whence, start, length, pid.
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The domains by pid, and what could not be read."""
+
+    domains: Mapping[int, Domain]
+    notes: tuple[str, ...] = ()
+
+
+def domains(processes: Iterable[Process]) -> Found:
+    """The libvirt domains among processes.
+
+    The system's come first: what a user's libvirt calls by the name or UUID of one of those is left out.
+    """
+    by_pid = {process.pid: process for process in processes}
+    notes: tuple[str, ...] = ()
+    found: dict[int, Domain] = {}
+    try:
+        with _directory(SYSTEM) as directory:
+            found = domains_in(directory, 0, None, by_pid)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        notes = (f"what libvirt knows is not shown: {from_errno(error.errno or 0, f'cannot read {SYSTEM}')}",)
+    taken = {word for domain in found.values() for word in (domain.name, domain.uuid)}
+    for uid in sorted({process.uid for process in by_pid.values()} - {0}):
+        with contextlib.suppress(OSError), _session(uid) as (directory, mount):
+            of_user = {pid: process for pid, process in by_pid.items() if process.uid == uid and pid not in found}
+            for pid, domain in domains_in(directory, uid, mount, of_user).items():
+                if not taken & {domain.name, domain.uuid}:
+                    found[pid] = domain
+    return Found(domains=found, notes=notes)
+
+
+def parse(data: bytes) -> Domain | None:
+    """The domain that a status file describes; None if it is none, half-written, or more than is sensible."""
+    try:
+        text = _without_capabilities(data.decode())
+        if text.count("<") > _ELEMENTS_MAX:
+            return None
+        root = ElementTree.fromstring(text, ElementTree.XMLParser(target=_Builder()))
+        return _domain(root)
+    except (ValueError, ElementTree.ParseError, RecursionError):
+        return None
+
+
+class _Builder(ElementTree.TreeBuilder):
+    """Refuses a document type: no entities, no other files."""
+
+    def doctype(self, name: str, public_id: str | None, system_id: str | None) -> None:
+        raise ValueError("a document type")
+
+
+def _without_capabilities(text: str) -> str:
+    """Two thirds of a status file say what this QEMU can do, which nobody here reads."""
+    before, start, rest = text.partition("<qemuCaps>")
+    _, end, after = rest.partition("</qemuCaps>")
+    return before + after if start and end else text
+
+
+def _domain(root: Element) -> Domain | None:
+    domain = root.find("domain")
+    if root.tag != "domstatus" or domain is None:
+        return None
+    name, uuid = _word(domain.findtext("name")), _word(domain.findtext("uuid"))
+    pid = _number(root.get("pid"))
+    if not name or not uuid or not pid:
+        return None
+    monitor = root.find("monitor")
+    return Domain(
+        name=name,
+        uuid=uuid.lower(),
+        pid=pid,
+        interfaces=tuple(_interface(element) for element in domain.iterfind("devices/interface")),
+        monitor=_word(monitor.get("path")) if monitor is not None and monitor.get("type") == "unix" else None,
+        agent=_agent(domain),
+    )
+
+
+def _agent(domain: Element) -> str | None:
+    """The socket of the guest agent's channel."""
+    for channel in domain.iterfind("devices/channel[@type='unix']"):
+        if _attribute(channel, "target", "name") == _AGENT:
+            return _attribute(channel, "source", "path")
+    return None
+
+
+def _interface(element: Element) -> Interface:
+    """``kind`` is what a network turned out to be where the file says it, and ``passt`` where that is behind it."""
+    kind = _attribute(element, "actual", "type") or _word(element.get("type"))
+    mac = _attribute(element, "mac", "address")
+    return Interface(
+        kind="passt" if _attribute(element, "backend", "type") == "passt" else kind or "",
+        alias=_attribute(element, "alias", "name"),
+        mac=mac.lower() if mac else None,
+        model=_attribute(element, "model", "type"),
+        target=_attribute(element, "target", "dev"),
+        queues=_number(_attribute(element, "driver", "queues")),
+        rss={"on": True, "off": False}.get(_attribute(element, "driver", "rss") or ""),
+        vhost={"vhost": True, "qemu": False}.get(_attribute(element, "driver", "name") or ""),
+    )
+
+
+def _attribute(element: Element, child: str, name: str) -> str | None:
+    found = element.find(child)
+    return _word(found.get(name)) if found is not None else None
+
+
+def _word(text: str | None) -> str | None:
+    return text if text and len(text) <= _TEXT_MAX else None
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isascii() and text.isdecimal() and len(text) <= 10 else None
+
+
+def domains_in(directory: int, owner: int, mount: int | None, processes: Mapping[int, Process]) -> dict[int, Domain]:
+    """By pid, the domains of one directory whose lock one of the processes holds.
+
+    Raises OSError if the directory cannot be read, or none of the files because of a missing right.
+    """
+    found: dict[int, Domain] = {}
+    refused: PermissionError | None = None
+    for name in sorted(os.listdir(directory))[:FILES_MAX] if processes else ():
+        if not name.endswith(".xml"):
+            continue
+        try:
+            with _regular_file(directory, f"{name.removesuffix('.xml')}.pid", owner, mount) as pid_file:
+                pid = _writer_of(pid_file)
+            if pid not in processes:
+                continue
+            with _regular_file(directory, name, owner, mount) as status_file:
+                domain = parse(_read(status_file))
+            if domain and domain.pid == pid:
+                found[pid] = domain
+        except PermissionError as error:
+            refused = error
+        except OSError:
+            continue
+    if refused and not found:
+        raise refused
+    return found
+
+
+def _writer_of(fd: int) -> int:
+    """The process that holds a write lock on a file, 0 for none.  Raises OSError."""
+    asked = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    return pid if kind == fcntl.F_WRLCK else 0
+
+
+def _read(fd: int) -> bytes:
+    with open(fd, "rb", closefd=False) as file:
+        data = file.read(FILE_MAX + 1)
+    if len(data) > FILE_MAX:
+        raise OSError(errno.EFBIG, "too large")
+    return data
+
+
+@contextlib.contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _session(uid: int) -> Iterator[tuple[int, int]]:
+    """The directory of a user's libvirt, and the mount that it is on.  Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        at = os.open(SESSIONS / str(uid), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        stack.callback(os.close, at)
+        mount = _mount_of(at)
+        if _is_fuse(mount):
+            raise OSError(errno.EXDEV, "a user's own file system")
+        for name in SESSION_STEPS:
+            at = _step(at, name, mount)
+            stack.callback(os.close, at)
+        with _directory(Path(f"/proc/self/fd/{at}")) as directory:
+            yield directory, mount
+
+
+@contextlib.contextmanager
+def _regular_file(directory: int, name: str, owner: int, mount: int | None) -> Iterator[int]:
+    """A regular file that belongs to ``owner``, open for reading.  Raises OSError."""
+    at = _step(directory, name, mount)
+    try:
+        found = os.fstat(at)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != owner:
+            raise OSError(errno.EINVAL, "not a file of libvirt's")
+        fd = os.open(f"/proc/self/fd/{at}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(at)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _step(directory: int, name: str, mount: int | None) -> int:
+    """An O_PATH fd of what is in a directory; on the same mount, if one is given.  Raises OSError."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        if mount is not None and _mount_of(fd) != mount:
+            raise OSError(errno.EXDEV, "another file system")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _mount_of(fd: int) -> int:
+    """The mount that an fd is on; asks the kernel only, never the file system.  Raises OSError."""
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+        if line.startswith("mnt_id:"):
+            return int(line.split()[1])
+    raise OSError(errno.EIO, "no mount id")
+
+
+def _is_fuse(mount: int) -> bool:
+    """Whether a mount's file system is a process's.  Raises OSError."""
+    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+        if line.startswith(f"{mount} "):
+            return line.partition(" - ")[2].startswith("fuse")
+    return False

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What a parsed command line means: selections, configurations, what ``apply`` is wanted to do."""
+
+import argparse
+from pathlib import Path
+
+from qsteer import ethtool, rss
+from qsteer.errors import UsageError, from_errno
+from qsteer.model import Source
+from qsteer.plan import Static, Wanted
+from qsteer.selection import Selection
+
+
+def selection(options: argparse.Namespace, *, required: bool) -> Selection:
+    """The selectors; a socket given with --qmp selects the VM that serves it.  Raises UsageError without any."""
+    chosen = Selection(
+        vms=tuple(options.vm),
+        pids=(*options.pid, *_served_by(options.qmp)),
+        taps=tuple(options.dev),
+        nics=tuple(options.nic),
+        macs=tuple(options.mac),
+        namespaces=tuple(options.netns),
+        every=bool(options.all),
+    )
+    if required and not chosen:
+        raise UsageError("which taps?", hint="--vm NAME, --pid PID, --dev TAP, --nic ID, --mac MAC or --all")
+    return chosen
+
+
+def _served_by(path: str | None) -> tuple[int, ...]:
+    from qsteer import peer
+
+    return () if path is None else (peer.server_of(path),)
+
+
+def wanted(options: argparse.Namespace) -> Wanted:
+    """What ``apply`` and ``keep`` are asked for.  Raises UsageError."""
+    given = static(options)
+    source = None if options.source == "auto" else Source(options.source)
+    if given and source not in (None, Source.STATIC):
+        raise UsageError(f"--source {source} takes the guest's configuration, not one of yours")
+    if options.refresh and (given or source):
+        raise UsageError("--refresh keeps the configuration: no source and no configuration go with it")
+    return Wanted(
+        source=Source.STATIC if given else source,
+        static=given,
+        replace=options.replace,
+        force=options.force,
+        if_absent=options.if_absent,
+        expect=options.expect,
+        refresh=options.refresh,
+        allow_pause=may_pause(options),
+    )
+
+
+def may_pause(options: argparse.Namespace) -> bool:
+    """Whether --allow names ``pause``."""
+    return "pause" in options.allow
+
+
+def static(options: argparse.Namespace) -> Static:
+    """The operator's own configuration, of --from and the options that go over it.  Raises UsageError."""
+    given = Static() if options.from_file is None else _from_file(options.from_file)
+    key, types, table, unclassified = given.key, given.types, given.table, given.unclassified_queue
+    if options.key and options.key.lower() == "random":
+        import secrets
+
+        key = secrets.token_bytes(rss.KEY_BYTES)
+    elif options.key is not None:
+        key = rss.parse_key(options.key)
+    if options.types is not None:
+        types = rss.parse_hash_types(options.types)
+    if options.table is not None:
+        table = _numbers("--table", options.table)
+    elif options.equal is not None:
+        table = rss.equal_table(_number("--equal", options.equal))
+    elif options.weight is not None:
+        table = rss.weighted_table(_numbers("--weight", options.weight))
+    if options.unclassified_queue is not None:
+        unclassified = _number("--unclassified-queue", options.unclassified_queue)
+    # Refuses what no tap can have, before any tap is looked at.
+    rss.RssConfig(
+        types=types or rss.BASE_TYPES,
+        key=key or bytes(rss.KEY_BYTES),
+        table=table or (0,),
+        unclassified_queue=unclassified or 0,
+    )
+    return Static(types=types, key=key, table=table, unclassified_queue=unclassified)
+
+
+def _from_file(name: str) -> Static:
+    try:
+        # A descriptor of our own: sys.stdin is None where the caller has closed it.
+        with open(0, "rb", closefd=False) if name == "-" else Path(name).open("rb") as file:
+            text = file.read(ethtool.TEXT_MAX + 1).decode(errors="replace")
+    except OSError as error:
+        raise from_errno(error.errno or 0, f'cannot read "{name}"') from None
+    parsed = ethtool.parse(text)
+    return Static(types=parsed.types, key=parsed.key, table=parsed.table, unclassified_queue=parsed.unclassified_queue)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    return tuple(_number(option, part.strip()) for part in text.split(","))
+
+
+def _number(option: str, text: str) -> int:
+    if not text.isdecimal() or not text.isascii() or len(text) > 5 or int(text) > 0xFFFF:
+        raise UsageError(f'{option}: "{text}" is not a whole number from 0 to 65535')
+    return int(text)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Asks guests: fills in what a plan or a check needs to know beyond what the kernel and QEMU's maps tell.
+
+``device-state`` goes through QEMU's QMP socket and stops the VM for a moment, ``guest-agent`` runs ethtool in the
+guest.  Both speak to processes that are not trusted: what comes back is bounded and checked where it is read.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from qsteer import peer
+from qsteer.errors import BusyError, NotFoundError, QsteerError, UnsupportedError
+from qsteer.model import Nic, Process, Reading, Source, Tap
+from qsteer.plan import Wanted, readings_wanted
+from qsteer.state import Agrees, agrees
+
+_Answer = TypeVar("_Answer")
+
+
+def complete(tap: Tap, wanted: Wanted, *, qmp: str | None = None) -> Tap:
+    """The tap with all that ``plan_apply`` needs to know for what is wanted.
+
+    Raises QsteerError if a source that was named cannot be read, BusyError if one of several was busy and none
+    answered.
+    """
+    if not wanted.static and wanted.source is not Source.STATIC:
+        tap = _with_nic(tap, qmp)
+    sources = readings_wanted(tap, wanted)
+    if wanted.source in sources:
+        return read(tap, wanted.source, qmp=qmp, allow_pause=wanted.allow_pause)
+    tap, busy = _first_that_answers(tap, sources, qmp)
+    if busy and not tap.reading:
+        raise busy
+    return tap
+
+
+def check(tap: Tap, *, qmp: str | None, allow_pause: bool) -> Tap:
+    """The tap with what its guest asks for, unless that is known without asking; why not, where it cannot be asked."""
+    tap = _with_used(_with_nic(tap, qmp), qmp)
+    if agrees(tap) is not Agrees.UNKNOWN or not tap.steerable or not tap.vm:
+        return tap
+    paused = (Source.DEVICE_STATE,) if allow_pause else ()
+    tap, busy = _first_that_answers(tap, (*paused, Source.GUEST_AGENT), qmp)
+    if tap.reading:
+        return tap
+    why = () if allow_pause else ("device-state takes --allow pause",)
+    return replace(tap, unread=(*why, *tap.unread, *((str(busy),) if busy else ())))
+
+
+def read(tap: Tap, source: Source | None, *, qmp: str | None, allow_pause: bool) -> Tap:
+    """The tap with what its guest asks for, by one source.  Raises QsteerError."""
+    if source is Source.DEVICE_STATE:
+        if not allow_pause:
+            raise UnsupportedError(
+                f'device-state stops the VM behind tap "{tap.name}" for a moment', hint="--allow pause, if it may"
+            )
+        return replace(tap, reading=_device_state(tap, qmp))
+    tap = _with_nic(tap, qmp, with_mac=True)
+    return replace(tap, reading=_guest_agent(tap))
+
+
+def _first_that_answers(tap: Tap, sources: Sequence[Source], qmp: str | None) -> tuple[Tap, BusyError | None]:
+    """The tap with the first reading there is; else why there is none, and what may go better a moment later."""
+    busy: BusyError | None = None
+    for source in sources:
+        try:
+            return read(tap, source, qmp=qmp, allow_pause=True), None
+        except BusyError as error:
+            busy = busy or error
+        except QsteerError as error:
+            tap = replace(tap, unread=(*tap.unread, f"{source}: {error}"))
+    return tap, busy
+
+
+def _device_state(tap: Tap, qmp: str | None) -> Reading:
+    from qsteer import savestate
+
+    return _over_qmp(tap, qmp, lambda path, process: savestate.reading(path, process, tap))
+
+
+def _guest_agent(tap: Tap) -> Reading:
+    from qsteer import agent
+
+    process = _process(tap)
+    path = tap.domain.agent if tap.domain else None
+    path = path or (process.args.agent_path if process.args else None)
+    if not path:
+        raise UnsupportedError(
+            f'the VM behind tap "{tap.name}" has no guest agent',
+            hint="a virtserialport named org.qemu.guest_agent.0 on a chardev socket that QEMU serves",
+        )
+    if not tap.nic or not tap.nic.mac:
+        raise UnsupportedError(
+            f'the guest\'s MAC of the NIC behind tap "{tap.name}" is not known', hint="--qmp PATH, to ask QEMU"
+        )
+    return agent.read(path, process, tap.nic.mac)
+
+
+def _with_nic(tap: Tap, qmp: str | None, *, with_mac: bool = False) -> Tap:
+    """The NIC as QEMU knows it, where its command line does not say: one that was plugged in later, a default MAC."""
+    if not tap.vm or (tap.nic and (tap.nic.mac or not with_mac)):
+        return tap
+    from qsteer import qmpvm
+
+    try:
+        vm = _over_qmp(tap, qmp, qmpvm.inspect)
+        found = qmpvm.nic_of(vm, tap)
+    except QsteerError as error:
+        return replace(tap, unread=(*tap.unread, f"its NIC: {error}"))
+    # Where QEMU does not tell, its command line may; where that does not either, be sure to call nothing "software".
+    vhost = found.vhost if found.vhost is not None else tap.nic.vhost if tap.nic else True
+    return replace(tap, nic=Nic(id=found.id, netdev=found.netdev, mac=found.mac, rss=found.rss, vhost=vhost))
+
+
+def _with_used(tap: Tap, qmp: str | None) -> Tap:
+    """What QEMU has counted of each receive queue, where it can be asked."""
+    if not tap.vm or not tap.steerable:
+        return tap
+    from qsteer import qmpvm
+
+    def ask(path: str, process: Process) -> tuple[int | None, ...]:
+        return qmpvm.used_buffers(path, process, qmpvm.nic_of(qmpvm.inspect(path, process), tap), tap.attached)
+
+    with contextlib.suppress(QsteerError):
+        return replace(tap, used=_over_qmp(tap, qmp, ask))
+    return tap
+
+
+def _over_qmp(tap: Tap, qmp: str | None, ask: Callable[[str, Process], _Answer]) -> _Answer:
+    """By the first QMP socket of the VM that can be had; libvirt's own monitor serves libvirt alone."""
+    process = _process(tap)
+    paths = (peer.OwnPath(qmp),) if qmp else process.args.qmp_paths if process.args else ()
+    monitor = tap.domain.monitor if tap.domain else None
+    failure: QsteerError = UnsupportedError(
+        f'the QEMU behind tap "{tap.name}" has no QMP socket to ask', hint="-qmp unix:PATH,server=on,wait=off"
+    )
+    for path in paths:
+        if path == monitor:
+            continue
+        try:
+            return ask(path, process)
+        except (BusyError, NotFoundError) as error:
+            failure = error
+    raise failure
+
+
+def _process(tap: Tap) -> Process:
+    if not tap.vm:
+        raise UnsupportedError(f'tap "{tap.name}" is not that of a QEMU: there is no guest to ask')
+    return tap.vm

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The tun devices of a network namespace, those that no process has open among them.
+
+``in_sysfs`` costs next to nothing: ``status`` looks every time.  But a mount of sysfs shows the network namespace that
+it was made in, be it another than the caller's; there, and in other namespaces, ``links.tuns`` looks, over rtnetlink.
+"""
+
+import contextlib
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from qsteer._shim import lib
+
+_DRIVER = Path("/sys/class/misc/tun")
+_DEVICES = Path("/sys/class/net")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tun:
+    """A tun device.  ``active`` queues, of which there is one without IFF_MULTI_QUEUE, are those that are used."""
+
+    name: str
+    ifindex: int
+    is_tap: bool
+    persistent: bool
+    multi_queue: bool
+    active: int
+
+
+def driver_is_loaded() -> bool:
+    """Whether there can be a tap at all."""
+    return _DRIVER.exists()
+
+
+def in_sysfs() -> tuple[Tun, ...] | None:
+    """Those of the network namespace that the caller is in; None if sysfs shows another one's devices."""
+    indices = {name: index for index, name in socket.if_nameindex()}
+    found = []
+    for path in _DEVICES.glob("*/ifindex"):
+        device = path.parent
+        with contextlib.suppress(OSError, ValueError):  # gone meanwhile, or no tun device
+            ifindex = int(path.read_text())
+            if indices.pop(device.name, None) != ifindex:
+                return None
+            found.append(_tun(device, ifindex))
+    return None if indices else tuple(found)
+
+
+def _tun(device: Path, ifindex: int) -> Tun:
+    flags = int((device / "tun_flags").read_text(), 16)
+    return Tun(
+        name=device.name,
+        ifindex=ifindex,
+        is_tap=bool(flags & lib.IFF_TAP),
+        persistent=bool(flags & lib.IFF_PERSIST),
+        multi_queue=bool(flags & lib.IFF_MULTI_QUEUE),
+        active=sum(1 for _ in (device / "queues").glob("rx-*")),
+    )

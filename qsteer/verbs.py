@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What the verbs do with a parsed command line: fetch, compute, execute, print.  Each gives the exit code."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+from qsteer import inventory, options, readings, render
+from qsteer.errors import PermissionDeniedError, QsteerError, UsageError, printable
+from qsteer.model import Inventory, Source, Tap
+from qsteer.plan import Plan, plan_apply, plan_off
+from qsteer.selection import select
+from qsteer.state import Agrees, agrees, broken
+
+DIFFERENCE = 7
+"""The exit code of ``status --check`` where a guest does not get what it asks for."""
+
+
+def status(given: argparse.Namespace) -> int:
+    """Every tap, or those selected.  With --check guests are asked, and a difference is exit code 7."""
+    found = _look(given, strict=given.check)
+    if given.check:
+        found = replace(found, taps=tuple(_checked(given, tap) for tap in found.taps))
+    if given.json:
+        print(render.json_text(render.status_json(found), pretty=given.pretty))
+    else:
+        _print(given, render.status_text(found))
+        for note in (*found.notes, *(f"{tap.name}: {why}" for tap in found.taps for why in tap.unread)):
+            print(f"qsteer: {printable(note)}", file=sys.stderr)
+    return DIFFERENCE if given.check and any(_differs(tap) for tap in found.taps) else 0
+
+
+def _checked(given: argparse.Namespace, tap: Tap) -> Tap:
+    return readings.check(tap, qmp=given.qmp, allow_pause=options.may_pause(given))
+
+
+def _differs(tap: Tap) -> bool:
+    return broken(tap) or agrees(tap) is Agrees.NO
+
+
+def show(given: argparse.Namespace) -> int:
+    """The configuration that is attached, or with a source that of the guest itself."""
+    found = _look(given, strict=True)
+    taps = found.taps
+    if given.source:
+        if not options.selection(given, required=False):
+            raise UsageError("whose configuration?", hint="--vm NAME, --pid PID or --dev TAP")
+        allow_pause = options.may_pause(given)
+        taps = tuple(readings.read(tap, Source(given.source), qmp=given.qmp, allow_pause=allow_pause) for tap in taps)
+    if given.json:
+        documents = [render.show_json(tap) for tap in taps]
+        print(render.document("qsteer.show/1", documents, pretty=given.pretty))
+    else:
+        _print(given, "\n\n".join(render.show_text(tap) for tap in taps) or "no process holds a tap")
+    if hidden := [tap for tap in taps if tap.program_id and not tap.program]:
+        raise PermissionDeniedError(
+            f"cannot look at program {hidden[0].program_id}", hint="it takes CAP_SYS_ADMIN; try sudo"
+        )
+    return 0
+
+
+def apply(given: argparse.Namespace) -> int:
+    """Steer what is selected."""
+    wanted = options.wanted(given)
+
+    def make_plan(tap: Tap) -> Plan:
+        return plan_apply(readings.complete(tap, wanted, qmp=given.qmp), wanted)
+
+    return _change(given, "qsteer.apply/1", make_plan)
+
+
+def off(given: argparse.Namespace) -> int:
+    """Stop steering what is selected."""
+    return _change(
+        given,
+        "qsteer.off/1",
+        lambda tap: plan_off(tap, replace_foreign=given.replace, expect=given.expect),
+    )
+
+
+def _look(given: argparse.Namespace, *, strict: bool) -> Inventory:
+    """What there is, and of that what is selected; unless ``strict``, what cannot be seen is left to the notes."""
+    selection = options.selection(given, required=False)
+    found = inventory.fetch(strict=strict)
+    if not selection:
+        return found
+    return selection.narrow(found)
+
+
+def _change(given: argparse.Namespace, schema: str, make_plan: Callable[[Tap], Plan]) -> int:
+    """Fetch, compute, execute.  With several taps one that is refused does not stop the others."""
+    from qsteer import execute, holds
+
+    selection = options.selection(given, required=True)
+    failures: list[QsteerError] = []
+    documents = []
+    with contextlib.nullcontext() if given.dry_run else execute.lock(given.timeout):
+        if not given.dry_run:
+            holds.forget_ended()
+        taps = select(inventory.fetch(strict=True), selection)
+        for tap in taps:
+            try:
+                plan = make_plan(tap)
+                program_id = None if given.dry_run else execute.execute(plan)
+            except QsteerError as error:
+                if len(taps) == 1:
+                    raise
+                failures.append(error)
+                hint = f" (hint: {error.hint})" if error.hint else ""
+                print(printable(f"qsteer: {error}{hint}"), file=sys.stderr)
+                continue
+            documents.append(render.plan_json(plan, program_id))
+            if not given.json:
+                text = render.plan_text(plan) if program_id is None else render.done_text(plan, program_id)
+                _print(given, text)
+    if given.json:
+        print(render.document(schema, documents, pretty=given.pretty))
+    return failures[0].exit_code if failures else 0
+
+
+def clean(given: argparse.Namespace) -> int:
+    """Remove what qsteer left on the host and nothing uses."""
+    from qsteer import clean as cleaning
+    from qsteer import execute
+
+    with contextlib.nullcontext() if given.dry_run else execute.lock(given.timeout):
+        planned = cleaning.plan(cleaning.fetch())
+        done = None if given.dry_run else cleaning.execute(planned)
+    removed, kept = (done.removed, done.kept) if done else (planned.remove, planned.kept)
+    if given.json:
+        print(render.json_text(render.clean_json(removed, kept, dry_run=given.dry_run), pretty=given.pretty))
+    else:
+        _print(given, str(done or planned))
+    return 0
+
+
+def keep(given: argparse.Namespace) -> int:
+    """Keep what is selected steered, until a signal ends it."""
+    from qsteer import keep as daemon
+
+    return daemon.main_keep(
+        options.selection(given, required=True),
+        options.wanted(given),
+        qmp=given.qmp,
+        reread_s=given.reread,
+        json=given.json,
+        quiet=given.quiet,
+    )
+
+
+def monitor(given: argparse.Namespace) -> int:
+    """Print what happens to what is selected, until a signal ends it."""
+    from qsteer import keep as daemon
+
+    return daemon.main_monitor(options.selection(given, required=False), json=given.json, quiet=given.quiet)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Start QEMU; does not come back but for a dry run."""
+    from dataclasses import asdict
+
+    from qsteer import run as runner
+
+    argv = given.command[1:] if given.command[:1] == ["--"] else given.command
+    if not argv:
+        raise UsageError("no QEMU command line", hint="qsteer run --tap id=net0,queues=4 -- qemu-system-x86_64 ...")
+    if given.json and not given.dry_run:
+        raise UsageError("run prints JSON for a dry run only", hint="qsteer run -n -j ...")
+    rehearsal = runner.run(
+        vm=given.vm,
+        taps=given.tap,
+        user=given.user,
+        dry_run=given.dry_run,
+        quiet=given.quiet,
+        command=argv,
+    )
+    if given.json:
+        print(render.json_text({"schema": "qsteer.run/1", **asdict(rehearsal)}, pretty=given.pretty))
+    else:
+        _print(given, str(rehearsal))
+    return 0
+
+
+def _print(given: argparse.Namespace, text: str) -> None:
+    if not given.quiet:
+        print(text)

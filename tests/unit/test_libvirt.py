@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""libvirt's status files: real in shape (9.0), stale, half-written, and of a user's own making."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from qsteer import libvirt, procs
+from qsteer.model import Interface, Process
+
+UUID = "11111111-2222-4333-8444-555555555555"
+
+STATUS = f"""<!--
+WARNING: THIS IS AN AUTO-GENERATED FILE. CHANGES TO IT ARE LIKELY TO BE
+OVERWRITTEN AND LOST.
+-->
+
+<domstatus state='running' reason='booted' pid='4711'>
+  <monitor path='/var/lib/libvirt/qemu/domain-1-web 1/monitor.sock' type='unix'/>
+  <vcpus>
+    <vcpu id='0' pid='4719'/>
+  </vcpus>
+  <qemuCaps>
+    <flag name='virtio-net.rss'/>
+  </qemuCaps>
+  <domain type='qemu' id='1'>
+    <name>web 1</name>
+    <uuid>{UUID.upper()}</uuid>
+    <devices>
+      <interface type='ethernet'>
+        <mac address='52:54:00:AA:00:01'/>
+        <target dev='tap-web'/>
+        <model type='virtio'/>
+        <driver queues='4' rss='on'/>
+        <alias name='net0'/>
+      </interface>
+      <interface type='network'>
+        <mac address='52:54:00:aa:00:02'/>
+        <source network='default' portid='{UUID}'/>
+        <actual type='bridge'>
+          <source bridge='br0'/>
+        </actual>
+        <target dev='vnet2'/>
+        <model type='virtio'/>
+        <driver name='qemu' queues='3' rss='off'/>
+        <alias name='ua-lan'/>
+      </interface>
+      <interface type='network'>
+        <mac address='52:54:00:aa:00:03'/>
+        <source network='fast' portid='{UUID}'/>
+        <actual type='direct'>
+          <source dev='eth1' mode='bridge'/>
+        </actual>
+        <target dev='macvtap0'/>
+        <model type='virtio'/>
+        <driver name='vhost'/>
+        <alias name='net2'/>
+      </interface>
+      <interface type='user'>
+        <mac address='52:54:00:aa:00:04'/>
+        <model type='e1000'/>
+        <alias name='net3'/>
+        <backend type='passt'/>
+      </interface>
+      <interface type='vhostuser'>
+        <mac address='52:54:00:aa:00:05'/>
+        <source type='unix' path='/run/ovs/vhost1' mode='server'/>
+        <model type='virtio'/>
+        <alias name='net4'/>
+      </interface>
+      <channel type='spicevmc'>
+        <target type='virtio' name='com.redhat.spice.0'/>
+      </channel>
+      <channel type='unix'>
+        <source mode='bind' path='/run/libvirt/qemu/channel/1-web 1/org.qemu.guest_agent.0'/>
+        <target type='virtio' name='org.qemu.guest_agent.0' state='connected'/>
+        <alias name='channel0'/>
+      </channel>
+    </devices>
+  </domain>
+</domstatus>
+"""
+
+
+def small(*, name: str = "web1", pid: int = 4711, uuid: str = UUID) -> str:
+    return f"<domstatus pid='{pid}'><domain><name>{name}</name><uuid>{uuid}</uuid></domain></domstatus>"
+
+
+def test_a_status_file() -> None:
+    domain = libvirt.parse(STATUS.encode())
+    assert domain
+    assert (domain.name, domain.uuid, domain.pid) == ("web 1", UUID, 4711)
+    assert domain.monitor == "/var/lib/libvirt/qemu/domain-1-web 1/monitor.sock"
+    assert domain.agent == "/run/libvirt/qemu/channel/1-web 1/org.qemu.guest_agent.0"
+    assert domain.interfaces == (
+        Interface(
+            kind="ethernet",
+            alias="net0",
+            mac="52:54:00:aa:00:01",
+            model="virtio",
+            target="tap-web",
+            queues=4,
+            rss=True,
+            vhost=None,
+        ),
+        Interface(
+            kind="bridge",
+            alias="ua-lan",
+            mac="52:54:00:aa:00:02",
+            model="virtio",
+            target="vnet2",
+            queues=3,
+            rss=False,
+            vhost=False,
+        ),
+        Interface(
+            kind="direct",
+            alias="net2",
+            mac="52:54:00:aa:00:03",
+            model="virtio",
+            target="macvtap0",
+            queues=None,
+            rss=None,
+            vhost=True,
+        ),
+        Interface(
+            kind="passt",
+            alias="net3",
+            mac="52:54:00:aa:00:04",
+            model="e1000",
+            target=None,
+            queues=None,
+            rss=None,
+            vhost=None,
+        ),
+        Interface(
+            kind="vhostuser",
+            alias="net4",
+            mac="52:54:00:aa:00:05",
+            model="virtio",
+            target=None,
+            queues=None,
+            rss=None,
+            vhost=None,
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<",
+        STATUS[: len(STATUS) // 2],
+        STATUS.replace("</domstatus>", ""),
+        STATUS.replace("<name>web 1</name>", ""),
+        STATUS.replace("<name>web 1</name>", "<name/>"),
+        STATUS.replace(" pid='4711'", ""),
+        STATUS.replace("4711", "0"),
+        STATUS.replace("4711", "-1"),
+        STATUS.replace("4711", "٣"),
+        STATUS.replace("4711", "9" * 5000),
+        STATUS.replace("domstatus", "domain"),
+        STATUS.replace("web 1</name>", "x" * 5000 + "</name>"),
+        "<!DOCTYPE a>" + STATUS,
+        f"<!DOCTYPE a [<!ENTITY web 'web 1'>]>{small(name='&web;')}",
+        f"<!DOCTYPE a [<!ENTITY x SYSTEM 'file:///etc/hostname'>]>{small(name='&x;')}",
+        f"<!DOCTYPE a SYSTEM 'file:///etc/hostname'>{small()}",
+        small(name="&web;"),
+        "<a>" * 50_000,
+        "<a>" * 60_000 + "</a>" * 60_000,
+        small().replace("</domain>", "<x/>" * 100_000 + "</domain>"),
+        "\0",
+    ],
+)
+def test_what_is_no_status_file(text: str) -> None:
+    assert libvirt.parse(text.encode()) is None
+
+
+@pytest.mark.parametrize("data", [b"\xff" + STATUS.encode(), STATUS.encode("utf-16"), small().encode("utf-32")])
+def test_another_encoding_is_none(data: bytes) -> None:
+    assert libvirt.parse(data) is None
+
+
+@pytest.mark.parametrize("depth", [1000, 40_000])
+def test_depth_is_no_trouble(depth: int) -> None:
+    text = small().replace("<uuid>", "<x>" * depth + "</x>" * depth + "<uuid>")
+    assert libvirt.parse(text.encode())
+
+
+def test_entities_do_not_grow() -> None:
+    bomb = "".join(f"<!ENTITY e{i} '{f'&e{i - 1};' * 10 if i else 'x' * 10}'>" for i in range(10))
+    assert libvirt.parse(f"<!DOCTYPE a [{bomb}]>{small(name='&e9;')}".encode()) is None
+
+
+def test_noise_never_raises() -> None:
+    generator = random.Random(6)
+    for _ in range(1500):
+        data = bytearray(STATUS.encode())
+        for _ in range(generator.randrange(1, 12)):
+            position = generator.randrange(len(data))
+            match generator.randrange(4):
+                case 0:
+                    data[position] = generator.randrange(256)
+                case 1:
+                    del data[position : position + generator.randrange(200)]
+                case 2:
+                    data[position:position] = generator.choice(
+                        (b"<!DOCTYPE x [", b"]>", b"&amp;", b"<x/>", b"]]>", b"'")
+                    )
+                case 3:
+                    data += data[position : position + 300]
+        domain = libvirt.parse(bytes(data))
+        assert domain is None or domain.pid > 0
+
+
+HOLDER = """
+import fcntl, os, sys
+writes = sys.argv[2] == "write"
+fd = os.open(sys.argv[1], (os.O_WRONLY if writes else os.O_RDONLY) | os.O_CREAT, 0o644)
+fcntl.lockf(fd, fcntl.LOCK_EX if writes else fcntl.LOCK_SH, 1)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def running(pid_file: Path, lock: str = "write") -> Iterator[Process]:
+    """A process that has a pid file the way libvirt's QEMUs do."""
+    command = (sys.executable, "-c", HOLDER, str(pid_file), lock)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout and child.stdout.readline() == b"ready\n"
+        process = procs.read(child.pid)
+        assert process
+        yield process
+        child.kill()
+
+
+@pytest.fixture
+def vm(tmp_path: Path) -> Iterator[Process]:
+    """The process of a domain whose files are in tmp_path."""
+    with running(tmp_path / "web1.pid") as process:
+        (tmp_path / "web1.xml").write_text(small(pid=process.pid))
+        yield process
+
+
+def names_in(directory: Path, *processes: Process, mount: int | None = None, owner: int | None = None) -> list[str]:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        by_pid = {process.pid: process for process in processes}
+        found = libvirt.domains_in(fd, os.getuid() if owner is None else owner, mount, by_pid)
+        assert all(domain.pid == pid for pid, domain in found.items())
+        return [domain.name for domain in found.values()]
+    finally:
+        os.close(fd)
+
+
+def test_the_domain_of_a_process(tmp_path: Path, vm: Process) -> None:
+    assert names_in(tmp_path, vm) == ["web1"]
+    assert names_in(tmp_path) == []
+
+
+def test_a_file_that_is_left_over(tmp_path: Path, vm: Process) -> None:
+    """Its pid is another process's by now, which may call itself as it likes."""
+    (tmp_path / "old.xml").write_text(small(name="old", pid=vm.pid))
+    (tmp_path / "old.pid").write_text(str(vm.pid))
+    assert names_in(tmp_path, vm) == ["web1"]
+    (tmp_path / "web1.pid").unlink()
+    (tmp_path / "web1.pid").write_text(str(vm.pid))
+    assert names_in(tmp_path, vm) == []
+
+
+def test_a_read_lock_is_not_libvirts(tmp_path: Path) -> None:
+    """Whoever may read the file can have one."""
+    with running(tmp_path / "web1.pid", lock="read") as process:
+        (tmp_path / "web1.xml").write_text(small(pid=process.pid))
+        assert names_in(tmp_path, process) == []
+
+
+def test_a_file_about_another_process(tmp_path: Path, vm: Process) -> None:
+    (tmp_path / "web1.xml").write_text(small(pid=vm.pid + 1))
+    assert names_in(tmp_path, vm) == []
+
+
+def test_files_that_are_none(tmp_path: Path, vm: Process) -> None:
+    good = tmp_path / "web1.xml"
+    content = good.read_text()
+    for make in (
+        lambda path: path.symlink_to(tmp_path / "elsewhere"),
+        lambda path: os.mkfifo(path),
+        lambda path: path.mkdir(),
+        lambda path: path.write_bytes(content.encode() + b" " * libvirt.FILE_MAX),
+        lambda path: path.write_text(content[:-5]),
+        lambda path: None,
+    ):
+        (tmp_path / "elsewhere").write_text(content)
+        if good.is_dir():
+            good.rmdir()
+        else:
+            good.unlink(missing_ok=True)
+        make(good)
+        assert names_in(tmp_path, vm) == []
+    if good.exists():
+        good.unlink()
+    good.write_bytes(content.encode() + b" " * (libvirt.FILE_MAX - len(content)))
+    assert names_in(tmp_path, vm) == ["web1"]
+
+
+def test_a_file_of_another_user(tmp_path: Path, vm: Process) -> None:
+    assert names_in(tmp_path, vm, owner=os.getuid() + 1) == []
+
+
+def test_a_file_of_another_file_system(tmp_path: Path, vm: Process) -> None:
+    assert names_in(tmp_path, vm, mount=-1) == []
+
+
+def test_one_bad_file_does_not_hide_the_others(tmp_path: Path, vm: Process) -> None:
+    (tmp_path / "aa.xml").write_text("<")
+    (tmp_path / "aa.pid").write_text("x")
+    (tmp_path / "zz.xml").mkdir()
+    (tmp_path / f"{'n' * 200}\n.xml").write_text("")
+    assert names_in(tmp_path, vm) == ["web1"]
+
+
+def test_no_libvirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vm: Process) -> None:
+    monkeypatch.setattr(libvirt, "SYSTEM", tmp_path / "none")
+    monkeypatch.setattr(libvirt, "SESSIONS", tmp_path / "none")
+    assert libvirt.domains((vm,)) == libvirt.Found(domains={})
+
+
+def test_what_may_not_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vm: Process) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "no")
+
+    monkeypatch.setattr(libvirt, "SYSTEM", tmp_path)
+    monkeypatch.setattr(libvirt, "SESSIONS", tmp_path / "none")
+    monkeypatch.setattr(libvirt, "_regular_file", refuse)
+    (note,) = libvirt.domains((vm,)).notes
+    assert note == f"what libvirt knows is not shown: cannot read {tmp_path}: Permission denied"
+
+
+def test_no_fd_stays_open(tmp_path: Path, vm: Process) -> None:
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    test_one_bad_file_does_not_hide_the_others(tmp_path, vm)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
