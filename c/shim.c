@@ -10,6 +10,7 @@
 #include <linux/if.h>
 #include <linux/if_tun.h>
 #include <linux/magic.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -103,6 +104,11 @@ int qs_pidfd_getfd(int pidfd, int target, int *fd)
 		return -errno;
 	*fd = got;
 	return 0;
+}
+
+int qs_netns_enter(int netns_fd)
+{
+	return setns(netns_fd, CLONE_NEWNET) < 0 ? -errno : 0;
 }
 
 int qs_fds_send(int sock, const int *fds, size_t count)
@@ -545,6 +551,18 @@ static void qs_key_swap_head(__u8 key[QS_KEY_BYTES])
 	memcpy(key, &head, sizeof(head));
 }
 
+/* In one call: a host has a thousand tables. */
+static int qs_table_read(int table_fd, __u16 *table)
+{
+	__u32 keys[QS_TABLE_ENTRIES], count = QS_TABLE_ENTRIES, next;
+	int err = bpf_map_lookup_batch(table_fd, NULL, &next, keys, table, &count, NULL);
+
+	/* -ENOENT: that was the last of it */
+	if (err && err != -ENOENT)
+		return err;
+	return count == QS_TABLE_ENTRIES ? 0 : -EBADMSG;
+}
+
 int qs_config_read(int config_fd, int key_fd, int table_fd, struct qs_rss_config *config,
 		   __u8 key[QS_KEY_BYTES], __u16 *table)
 {
@@ -553,13 +571,9 @@ int qs_config_read(int config_fd, int key_fd, int table_fd, struct qs_rss_config
 	int err;
 
 	if ((err = bpf_map_lookup_elem(config_fd, &zero, config)) ||
-	    (err = bpf_map_lookup_elem(key_fd, &zero, &raw)))
+	    (err = bpf_map_lookup_elem(key_fd, &zero, &raw)) ||
+	    (err = qs_table_read(table_fd, table)))
 		return err;
-	for (__u32 i = 0; i < QS_TABLE_ENTRIES; i++) {
-		err = bpf_map_lookup_elem(table_fd, &i, &table[i]);
-		if (err)
-			return err;
-	}
 	key[0] = raw.leftmost_32_bits >> 24;
 	key[1] = raw.leftmost_32_bits >> 16;
 	key[2] = raw.leftmost_32_bits >> 8;

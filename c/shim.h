@@ -34,6 +34,8 @@ int qs_steering_detach(int fd);
 #define QS_HOST_PID_NAMESPACE 0xEFFFFFFCU
 
 int qs_pidfd_getfd(int pidfd, int target, int *fd);
+/* Move the calling thread into a network namespace. */
+int qs_netns_enter(int netns_fd);
 /* Send count fds and one byte over a unix socket; count is at most 16. */
 int qs_fds_send(int sock, const int *fds, size_t count);
 /* Receive exactly count fds; -EBADMSG, and none kept, if the message carries another number. */

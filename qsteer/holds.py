@@ -44,6 +44,17 @@ def find(*, netns: int, ifindex: int) -> Hold | None:
         return None
 
 
+def places() -> frozenset[tuple[int, int]]:
+    """The network namespaces and ifindexes of all taps that there is a hold for, be it of an ended process."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for path in (RUNTIME / "holds").iterdir():
+            netns, _, ifindex = path.name.partition("-")
+            if netns.isdecimal() and ifindex.isdecimal():
+                found.add((int(netns), int(ifindex)))
+    return frozenset(found)
+
+
 def put(hold: Hold, *, netns: int, ifindex: int) -> None:
     """Store a hold, in one step.  Raises QsteerError."""
     restore((json.dumps(asdict(hold)) + "\n").encode(), netns=netns, ifindex=ifindex)

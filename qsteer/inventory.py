@@ -15,7 +15,7 @@ What takes a right that is missing is left out and noted, unless ``strict`` asks
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +56,8 @@ def fetch(*, strict: bool = True) -> Inventory:
     if queues is None:
         taps = tuple(_taps_unseen(devices, names, vms))
     else:
-        held = tuple(_taps_held(queues, names, vms))
+        groups = _by_tap(queues)
+        held = tuple(_taps_held(groups, names, vms, _taps_of(groups)))
         taps = (*held, *_taps_unheld(devices, held, names, notes))
     return Inventory(
         taps=tuple(sorted(taps, key=lambda tap: (tap.netns, tap.ifindex))),
@@ -65,25 +66,74 @@ def fetch(*, strict: bool = True) -> Inventory:
     )
 
 
-def _taps_held(queues: Sequence[OpenQueue], names: Mapping[int, str], vms: Vms) -> Iterator[Tap]:
-    """The taps that some process has open."""
-    of_taps = (queue for queue in queues if queue.is_tap)
-    groups = [tuple(group) for _, group in itertools.groupby(of_taps, key=lambda queue: (queue.netns, queue.ifindex))]
-    taps_of = Counter(pid for group in groups for pid in {queue.pid for queue in group})
-    programs = Programs()
+def fetch_again(before: Inventory) -> Inventory:
+    """A quick look at the taps that some process has open, which takes over what cannot have changed.
+
+    That is all about a tap whose queues are the very same, with the same attachment of a program, but for a hold, and
+    the shared body.  NICs without a tap, and all that a VM does without touching its taps, take a ``fetch``.  Raises
+    QsteerError.
+    """
+    known = {(tap.netns, tap.ifindex): tap for tap in before.taps if bool(tap.program_id) == bool(tap.program)}
+    groups = _by_tap(kernel.open_queues())
+    held, programs = holds.places(), Programs()
+    same, changed = [], []
     for group in groups:
-        yield _tap(group, names.get(group[0].netns), vms, taps_of, programs)
+        tap = known.get((group[0].netns, group[0].ifindex))
+        if tap and tap.queues == group:
+            hold, present = _is_on_hold(group, held), programs.body_present(tap.program)
+            unchanged = (hold, present) == (tap.hold, tap.body_present)
+            same.append(tap if unchanged else replace(tap, hold=hold, body_present=present))
+        else:
+            changed.append(group)
+    if changed:
+        names = namespaces.named()
+        names.pop(namespaces.own(), None)
+        vms = Vms({queue.pid for group in changed for queue in group})
+        same += _taps_held(changed, names, vms, _taps_of(groups))
+    return replace(before, taps=tuple(sorted(same, key=lambda tap: (tap.netns, tap.ifindex))))
+
+
+def _by_tap(queues: Iterable[OpenQueue]) -> list[tuple[OpenQueue, ...]]:
+    of_taps = (queue for queue in queues if queue.is_tap)
+    return [tuple(group) for _, group in itertools.groupby(of_taps, key=lambda queue: (queue.netns, queue.ifindex))]
+
+
+def _taps_of(groups: Sequence[tuple[OpenQueue, ...]]) -> Counter[int]:
+    """How many taps each process has open."""
+    return Counter(pid for group in groups for pid in {queue.pid for queue in group})
+
+
+def _taps_held(
+    groups: Sequence[tuple[OpenQueue, ...]], names: Mapping[int, str], vms: Vms, taps_of: Mapping[int, int]
+) -> Iterator[Tap]:
+    """The taps that some process has open."""
+    held, programs = holds.places(), Programs()
+    for group in groups:
+        yield _tap(group, names.get(group[0].netns), vms, taps_of, programs, hold=_is_on_hold(group, held))
+
+
+def _is_on_hold(queues: Sequence[OpenQueue], places: Collection[_Place]) -> bool:
+    place = (queues[0].netns, queues[0].ifindex)
+    if place not in places:
+        return False
+    hold = holds.find(netns=place[0], ifindex=place[1])
+    return bool(hold and any(hold.is_of(queue.pid) for queue in queues))
 
 
 def _tap(
-    queues: tuple[OpenQueue, ...], netns_name: str | None, vms: Vms, taps_of: Mapping[int, int], programs: Programs
+    queues: tuple[OpenQueue, ...],
+    netns_name: str | None,
+    vms: Vms,
+    taps_of: Mapping[int, int],
+    programs: Programs,
+    *,
+    hold: bool,
 ) -> Tap:
     first = queues[0]
     holder = _holder(queues, vms)
     pid = holder.pid if holder else 0
     fds = {queue.fd for queue in queues if queue.pid == pid}
     program = programs.info(first.program_id)
-    hold = holds.find(netns=first.netns, ifindex=first.ifindex)
     return Tap(
         name=first.tap,
         ifindex=first.ifindex,
@@ -103,7 +153,7 @@ def _tap(
         domain=vms.domains.get(pid),
         nic=vms.nic_of(pid, first.tap, fds, only_one=taps_of.get(pid) == 1),
         held=tuple(one for one in programs.held(pid, vms.files.get(pid)) if _may_be_for(one.info, first)),
-        hold=bool(hold and any(hold.is_of(queue.pid) for queue in queues)),
+        hold=hold,
     )
 
 

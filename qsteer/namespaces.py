@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
+from qsteer._shim import lib
 from qsteer.errors import NotFoundError, QsteerError, UsageError, from_errno, printable
 
 DIRECTORY = Path("/run/netns")
@@ -89,13 +90,10 @@ def visit(names: Iterable[str], look: Callable[[], _Answer]) -> dict[str, _Answe
 
 def _enter(path: Path) -> None:
     """Move the calling thread.  Raises OSError."""
-    import ctypes  # os.setns() comes with Python 3.12
-
-    libc = ctypes.CDLL(None, use_errno=True)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if libc.setns(fd, 0):
-            code = ctypes.get_errno()
+        code = -lib.qs_netns_enter(fd)
+        if code:
             raise OSError(code, os.strerror(code))
     finally:
         os.close(fd)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """How often a VM may be stopped for a reading, whoever asks: a stamp for each VM, under RUNTIME/pauses.
 
-A stamp names the process by its pid and its start, and holds the time of the last pause, in seconds since boot.  It is
-locked from before a reading to its end, so that two readings never overlap.
+A stamp names the process by its pid and its start, and holds the time of the last pause, in seconds since boot, and how
+long it took.  It is locked from before a reading to its end, so that two readings never overlap.  A guest can make
+``keep`` read as often as it likes to set RSS, so a VM runs at least SHARE times as long as it stood still.
 """
 
 import contextlib
@@ -17,16 +18,19 @@ from qsteer import holds, procs
 from qsteer.errors import BusyError, from_errno
 from qsteer.model import Process
 
-INTERVAL_S = 10.0
+INTERVAL_S = 1.0
 """Least time from one pause of a VM to the next."""
+SHARE = 50
+UNFINISHED_S = 0.2
+"""A pause of which nobody has said how long it took."""
 
 
 @contextlib.contextmanager
-def turn(process: Process, *, interval_s: float = INTERVAL_S) -> Iterator[Callable[[], None]]:
-    """The right to stop a VM once; what is yielded is called right before, and starts the next interval.
+def turn(process: Process, *, interval_s: float = INTERVAL_S) -> Iterator[Callable[[float], None]]:
+    """The right to stop a VM once.  What is yielded is called with UNFINISHED_S before, and the seconds after.
 
-    Raises BusyError, with when to try again, if the VM was stopped less than ``interval_s`` ago, or is being read now;
-    QsteerError where no stamp can be kept.
+    Raises BusyError, with when to try again, if the VM was stopped less than ``interval_s`` ago, or SHARE times as long
+    as it took, or is being read now; QsteerError where no stamp can be kept.  An interval of 0 is no limit at all.
     """
     forget_ended()
     path = _folder() / f"{process.pid}-{process.started}"
@@ -41,13 +45,14 @@ def turn(process: Process, *, interval_s: float = INTERVAL_S) -> Iterator[Callab
             fcntl.flock(stamp, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(f"the device state of process {process.pid} is being read already") from None
-        wait_s = _last(stamp) + interval_s - _now()
-        if wait_s > 0:
+        last, took_s = _last(stamp)
+        wait_s = last + max(interval_s, SHARE * took_s) - _now()
+        if interval_s and wait_s > 0:
             raise BusyError(
-                f"the VM of process {process.pid} was stopped for a reading {interval_s - wait_s:.1f} s ago",
+                f"the VM of process {process.pid} was stopped for a reading {_now() - last:.1f} s ago",
                 hint=f"try again in {math.ceil(wait_s)} s",
             )
-        yield lambda: _write(stamp)
+        yield lambda took_s: _write(stamp, took_s)
     finally:
         os.close(stamp)
 
@@ -71,14 +76,15 @@ def _now() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def _last(stamp: int) -> float:
-    """When the last pause was; long ago where that is not told, or is still to come."""
+def _last(stamp: int) -> tuple[float, float]:
+    """When the last pause was, and how long it took; long ago where that is not told, or is still to come."""
     try:
-        last = float(os.pread(stamp, 64, 0))
+        last, took_s = map(float, os.pread(stamp, 64, 0).split())
     except ValueError:
-        return -math.inf
-    return last if last <= _now() else -math.inf
+        return -math.inf, 0.0
+    return (last, took_s) if last <= _now() and 0 <= took_s < math.inf else (-math.inf, 0.0)
 
 
-def _write(stamp: int) -> None:
-    os.pwrite(stamp, f"{_now():<32.3f}".encode(), 0)
+def _write(stamp: int, took_s: float) -> None:
+    now = math.floor(_now() * 1000) / 1000  # rounded up it would be still to come
+    os.pwrite(stamp, f"{now:<20.3f} {took_s:<20.6f}".encode(), 0)

@@ -483,6 +483,7 @@ def read_maps(info: ProgramInfo) -> MapsContent:
     return MapsContent(enabled=bool(raw.redirect), config=config)
 
 
+@functools.cache
 def _all_types() -> HashType:
     types = HashType(0)
     for bit in HashType:

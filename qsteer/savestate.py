@@ -62,7 +62,7 @@ class DeviceState:
 def reading(path: str, process: Process, tap: Tap, *, interval_s: float = pauses.INTERVAL_S) -> Reading:
     """What the guest asks of the NIC behind ``tap``, by the QEMU ``process`` at its QMP socket ``path``.
 
-    Stops the VM for some milliseconds, and not more often than once in ``interval_s``.  Raises NotFoundError if QEMU
+    Stops the VM for some milliseconds, and not more often than ``pauses`` allows.  Raises NotFoundError if QEMU
     does not tell which NIC it is, BusyError if the VM does not run, is busy, or was stopped a moment ago,
     UnsupportedError where this cannot be done, QsteerError otherwise.
     """
@@ -75,11 +75,11 @@ def reading(path: str, process: Process, tap: Tap, *, interval_s: float = pauses
             raise UnsupportedError(
                 f'the place of the NIC behind tap "{tap.name}" in the device state is not known ({nic.driver})'
             )
-        state = await _save(monitor, started)
+        state = await _save(monitor, stamp)
         config = devicestate.parse(state.data, nic.device)
         return Reading(source=Source.DEVICE_STATE, config=config, paused_ms=state.paused_ms)
 
-    with pauses.turn(process, interval_s=interval_s) as started:
+    with pauses.turn(process, interval_s=interval_s) as stamp:
         return qmp.converse(path, process, exchange, exchange_timeout_s=_TIMEOUT_S)
 
 
@@ -88,8 +88,8 @@ def device_state(path: str, process: Process, *, interval_s: float = pauses.INTE
 
     The caller has to leave a libvirt domain alone where ``lock_manager`` says so.
     """
-    with pauses.turn(process, interval_s=interval_s) as started:
-        return qmp.converse(path, process, lambda monitor: _save(monitor, started), exchange_timeout_s=_TIMEOUT_S)
+    with pauses.turn(process, interval_s=interval_s) as stamp:
+        return qmp.converse(path, process, lambda monitor: _save(monitor, stamp), exchange_timeout_s=_TIMEOUT_S)
 
 
 def lock_manager() -> bool:
@@ -112,7 +112,7 @@ def _refuse_leases(tap: Tap) -> None:
         )
 
 
-async def _save(monitor: Monitor, started: Callable[[], None]) -> DeviceState:
+async def _save(monitor: Monitor, stamp: Callable[[float], None]) -> DeviceState:
     await _check_calm(monitor)
     with contextlib.ExitStack() as stack:
         try:
@@ -128,8 +128,9 @@ async def _save(monitor: Monitor, started: Callable[[], None]) -> DeviceState:
             fdset = added.get("fdset-id") if isinstance(added, dict) else None
             if not isinstance(fdset, int):
                 raise QsteerError("QEMU does not tell where it keeps the file for its device state")
-            started()
+            stamp(pauses.UNFINISHED_S)
             paused_ms = await _stop_and_write(monitor, f"/dev/fdset/{fdset}")
+            stamp(paused_ms / 1000)
         finally:
             await _last_words(monitor, _take_back)
         return DeviceState(data=_content(memory), paused_ms=paused_ms)

@@ -90,6 +90,7 @@ int qs_tap_name(int fd, char name[16]);
 int qs_steering_attach(int fd, int prog_fd);
 int qs_steering_detach(int fd);
 int qs_pidfd_getfd(int pidfd, int target, int *fd);
+int qs_netns_enter(int netns_fd);
 int qs_fds_send(int sock, const int *fds, size_t count);
 int qs_fds_receive(int sock, int *fds, size_t count);
 int qs_capabilities_drop(void);

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qsteer import inventory, kernel, libvirt, namespaces, procs, qemuargs, tuns
+from qsteer import holds, inventory, kernel, libvirt, namespaces, procs, programs, qemuargs, tuns
 from qsteer.errors import PermissionDeniedError, from_errno
-from qsteer.model import Domain, Interface, Inventory, OpenQueue, Process
+from qsteer.model import Domain, Interface, Inventory, Kind, OpenQueue, Process, ProgramInfo
 from qsteer.tuns import Tun
 from qsteer.vms import several
 from tests.unit import taps as made
@@ -198,3 +198,79 @@ def test_what_a_qemu_has_open_may_be_hidden(monkeypatch: pytest.MonkeyPatch) -> 
 def test_several() -> None:
     assert several("abc") == "a, b, c"
     assert several("abcdefg") == "a, b, c, d, e and 2 more"
+
+
+class Host:
+    """Taps of a made-up host; counts what is looked at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.queues = tuple(
+            replace(made.queue(tap=f"vnet{number}"), ifindex=number, program_id=number, attachment=number)
+            for number in (1, 2)
+        )
+        self.looked: list[int] = []
+        self.held: frozenset[tuple[int, int]] = frozenset()
+        monkeypatch.setattr(kernel, "open_queues", lambda pid=0: self.queues)
+        monkeypatch.setattr(procs, "read", lambda pid: made.process(pid=pid))
+        monkeypatch.setattr(programs, "program_info", self.program)
+        monkeypatch.setattr(programs, "read_maps", lambda info: made.content())
+        monkeypatch.setattr(programs, "body_present", lambda info: True)
+        monkeypatch.setattr(holds, "places", lambda: self.held)
+
+    def program(self, program_id: int) -> ProgramInfo:
+        self.looked.append(program_id)
+        return made.program(Kind.QSTEER, id=program_id)
+
+
+def test_looking_again_takes_over_what_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(monkeypatch)
+    before = inventory.fetch()
+    assert host.looked == [1, 2]
+    again = inventory.fetch_again(before)
+    assert (again, host.looked) == (before, [1, 2])
+    assert again.taps[0] is before.taps[0]
+
+    first, second = host.queues
+    host.queues = (first, replace(second, attachment=9))
+    again = inventory.fetch_again(before)
+    assert host.looked == [1, 2, 2], "the same program, attached once more: the maps may have changed"
+    assert again.taps[0] is before.taps[0] and again.taps[1] is not before.taps[1]
+
+    host.queues = (first,)
+    assert [tap.name for tap in inventory.fetch_again(before).taps] == ["vnet1"]
+    host.queues = (first, second, replace(first, ifindex=3, tap="vnet3", pid=101, file=3))
+    assert [tap.name for tap in inventory.fetch_again(before).taps] == ["vnet1", "vnet2", "vnet3"]
+
+
+def test_looking_again_sees_holds_and_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(monkeypatch)
+    before = inventory.fetch()
+    host.held = frozenset({(host.queues[0].netns, 1)})
+    monkeypatch.setattr(holds, "find", lambda *, netns, ifindex: holds.Hold(tap="vnet1", pid=100, started=1))
+    monkeypatch.setattr(holds.Hold, "is_of", lambda self, pid: pid == 100)
+    assert [tap.hold for tap in inventory.fetch_again(before).taps] == [True, False]
+    with_bodies = replace(
+        before, taps=tuple(replace(tap, program=replace(made.OWN_STATIC, bodies_id=5)) for tap in before.taps)
+    )
+    monkeypatch.setattr(programs, "body_present", lambda info: False)
+    assert [tap.body_present for tap in inventory.fetch_again(with_bodies).taps] == [False, False]
+
+
+def test_looking_again_at_a_program_that_could_not_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(monkeypatch)
+    before = inventory.fetch()
+    unseen = replace(before, taps=(replace(before.taps[0], program=None), before.taps[1]))
+    assert inventory.fetch_again(unseen).taps[0].program
+    assert host.looked == [1, 2, 1]
+
+
+def test_one_changed_tap_of_two_is_not_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which netdev is behind a tap is not guessed for a VM that has another tap."""
+    host = Host(monkeypatch)
+    args = qemuargs.parse(("qemu-system-x86_64", "-netdev", "tap,id=n", "-device", "virtio-net,netdev=n"))
+    vm = replace(made.process(pid=100), args=args)
+    monkeypatch.setattr(procs, "running_qemus", lambda: (vm,))
+    monkeypatch.setattr(procs, "open_files", lambda pid: files())
+    before = inventory.fetch()
+    host.queues = (host.queues[0], replace(host.queues[1], attachment=9))
+    assert [tap.nic for tap in before.taps] == [tap.nic for tap in inventory.fetch_again(before).taps] == [None, None]

@@ -256,11 +256,24 @@ def test_not_too_often(qemu: Qemu, me: Process, runtime: Path) -> None:
     with pytest.raises(BusyError, match="was stopped for a reading") as caught:
         savestate.device_state(qemu.path, me)
     assert caught.value.exit_code == 8
-    assert "try again in 10 s" in caught.value.hint
+    assert "try again in 1 s" in caught.value.hint
     (stamp,) = (runtime / "pauses").iterdir()
-    for damaged in ("", "soon", "1e999", "nan", "99999999999", "-1"):
+    for damaged in ("", "soon", "1 soon", "1e999 0", "nan 0", "99999999999 0", "-1 0", "-1 -1", "1 1 1"):
         stamp.write_text(damaged)
         savestate.device_state(qemu.path, me)
+
+
+def test_the_longer_it_took_the_longer_it_takes(me: Process, runtime: Path) -> None:
+    with pauses.turn(me) as stamp:
+        stamp(pauses.UNFINISHED_S)
+    with pytest.raises(BusyError) as caught, pauses.turn(me):
+        pass
+    assert "try again in 10 s" in caught.value.hint
+    with pauses.turn(me, interval_s=0) as stamp:
+        stamp(0.7)
+    with pytest.raises(BusyError) as caught, pauses.turn(me):
+        pass
+    assert "try again in 35 s" in caught.value.hint
 
 
 def test_stamps_of_processes_that_are_gone(me: Process, runtime: Path) -> None:

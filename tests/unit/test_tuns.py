@@ -12,16 +12,20 @@ from qsteer.tuns import Tun
 
 @pytest.fixture(autouse=True)
 def devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shown = tmp_path / "net"
+    shown.mkdir()
     for name, index in (("lo", 1), ("vnet0", 7)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "ifindex").write_text(f"{index}\n")
-    (tmp_path / "vnet0/tun_flags").write_text("0x5902\n")
+        device = tmp_path / name
+        device.mkdir()
+        (device / "ifindex").write_text(f"{index}\n")
+        (shown / name).symlink_to(device)
+    (shown / "vnet0/tun_flags").write_text("0x5902\n")
     for queue in ("rx-0", "rx-1", "tx-0"):
-        (tmp_path / "vnet0/queues" / queue).mkdir(parents=True)
-    (tmp_path / "bonding_masters").write_text("")
-    monkeypatch.setattr(tuns, "_DEVICES", tmp_path)
+        (shown / "vnet0/queues" / queue).mkdir(parents=True)
+    (shown / "bonding_masters").write_text("")
+    monkeypatch.setattr(tuns, "_DEVICES", shown)
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (7, "vnet0")])
-    return tmp_path
+    return shown
 
 
 def test_a_tap() -> None:

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What ``keep`` remembers of a tap, and what it therefore wants of it now.  Pure.
+
+Theory of operation
+===================
+
+``apply`` looks at a tap once.  ``keep`` sees it again and again, and knows three things more: what qsteer's program
+held before it was taken off, what the guest was last seen to ask for, and whether the tap has been in the wanted state
+before.  ``remember`` gathers them, ``decide`` puts them in front of ``plan_apply``, which does not tell them from what
+it would have found by itself:
+
+- At first sight a tap is given to ``plan_apply`` as ``apply`` gives it.  Only that ``auto`` leaves what qsteer has
+  attached.
+- From then on a program of qsteer's that works is right, whatever its static table: somebody applied it.
+- Nothing attached: the static configuration of before comes back, key and all; or what the guest was last seen to ask
+  for, until it has been asked again.  What QEMU writes into maps is QEMU's to attach: after a reset the maps hold the
+  table of before it.
+- QEMU's own program follows the guest.  ``auto`` leaves it, once the tap is kept even with --replace, or the two would
+  take turns.
+- A foreign program is ``plan_apply``'s to refuse, or to displace where that is wanted.
+"""
+
+from dataclasses import dataclass, replace
+
+from qsteer.model import Kind, Nic, Reading, Source, Tap
+from qsteer.plan import Attach, Plan, Static, Wanted, readings_wanted
+from qsteer.rss import RssConfig
+
+READ = frozenset({Source.DEVICE_STATE, Source.GUEST_AGENT})
+"""The sources that are asked, and do not tell by themselves when the guest changes something."""
+_MAPS = frozenset({Source.SHARED_MAPS, Source.QEMU_MAPS})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """``program_id`` is the last program that was looked at for what it holds; ``settled``: was as wanted before.
+
+    Either ``static`` or ``reading`` is what comes back when the program is taken off.  ``asked``: QEMU or the guest was
+    asked, and ``unread`` says why in vain; ``nic`` is what QEMU told of a NIC that its command line does not have.
+    """
+
+    program_id: int = 0
+    settled: bool = False
+    static: RssConfig | None = None
+    reading: Reading | None = None
+    nic: Nic | None = None
+    asked: bool = False
+    unread: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What to give to ``plan_apply`` now, and what to ``readings.complete`` when it is time to; None is nothing."""
+
+    plan: tuple[Tap, Wanted] | None = None
+    ask: tuple[Tap, Wanted] | None = None
+
+
+def remember(memory: Memory, tap: Tap, wanted: Wanted) -> Memory:
+    """The memory after a look at what is attached."""
+    program = tap.program
+    if not program or program.id == memory.program_id or program.kind is Kind.FOREIGN:
+        return memory
+    config = tap.content.config if tap.content and tap.content.enabled else None
+    source = program.ident.source if program.ident else Source.QEMU_MAPS
+    if source in _MAPS:
+        # From here on the guest is followed, unless the operator's own table is what is wanted.
+        if wanted.source is Source.STATIC:
+            return replace(memory, program_id=program.id)
+        return replace(memory, program_id=program.id, static=None, reading=None)
+    if not config:
+        return memory
+    if source in READ:
+        return replace(memory, program_id=program.id, static=None, reading=Reading(source=source, config=config))
+    return replace(memory, program_id=program.id, static=config, reading=None)
+
+
+def answered(memory: Memory, tap: Tap) -> Memory:
+    """The memory after ``readings.complete``; an answer in vain leaves what was read before."""
+    unread = () if tap.reading else tap.unread
+    reading = tap.reading or memory.reading
+    return replace(memory, asked=True, nic=tap.nic, reading=reading, unread=unread)
+
+
+def failed(memory: Memory, why: str) -> Memory:
+    """The memory after ``readings.complete`` failed."""
+    return replace(memory, asked=True, unread=(why,))
+
+
+def done(memory: Memory, plan: Plan, program_id: int) -> Memory:
+    """The memory after a plan was carried out, or had nothing to do: the tap is as wanted."""
+    steps = [step for step in plan.steps if isinstance(step, Attach)]
+    if not steps:
+        return replace(memory, settled=True)
+    step = steps[-1]
+    if step.source is Source.STATIC:
+        return replace(memory, settled=True, program_id=program_id, static=step.config, reading=None)
+    return replace(memory, settled=True, program_id=program_id, static=None)
+
+
+def decide(memory: Memory, tap: Tap, wanted: Wanted) -> Decision:
+    """What to do about a tap that nobody holds off."""
+    program = tap.program
+    tap = tap if tap.nic else replace(tap, nic=memory.nic)
+    explicit = wanted.source is not None
+    if not program or program.kind is Kind.FOREIGN:
+        return _restore(memory, tap, wanted)
+    if program.kind is Kind.QEMU:
+        leave = wanted.source in (None, Source.QEMU_MAPS) and memory.settled
+        return _restore(memory, tap, replace(wanted, replace=wanted.replace and not leave))
+    if explicit and not memory.settled:
+        return _with_reading(memory, tap, wanted)
+    source = program.ident.source if program.ident else None
+    if source in READ:
+        return _with_reading(memory, tap, _from(source, tap, wanted))
+    if tap.body_present:
+        return Decision()
+    # What lost its body is loaded again with what it holds.
+    return Decision(plan=(tap, Wanted(source=Source.STATIC if source is Source.STATIC else None, force=True)))
+
+
+def _restore(memory: Memory, tap: Tap, wanted: Wanted) -> Decision:
+    """No program of qsteer's is attached: what was there before, else what is wanted."""
+    if memory.static:
+        config = memory.static
+        static = Static(
+            types=config.types,
+            key=config.key,
+            table=config.table,
+            unclassified_queue=config.unclassified_queue,
+        )
+        # It was there before, so somebody wanted it, be it against what QEMU does in software.
+        return Decision(plan=(tap, Wanted(source=Source.STATIC, static=static, replace=wanted.replace, force=True)))
+    if memory.reading:
+        return _with_reading(memory, tap, _from(memory.reading.source, tap, wanted))
+    if memory.settled and wanted.source in _MAPS:
+        wanted = replace(wanted, source=None)
+    return _with_reading(memory, tap, wanted)
+
+
+def _from(source: Source | None, tap: Tap, wanted: Wanted) -> Wanted:
+    """To follow the guest by a source that it was read from before, which need not be the one that is wanted."""
+    if wanted.source is None and source in readings_wanted(tap, wanted):
+        return wanted
+    return replace(wanted, source=source, static=Static())
+
+
+def _with_reading(memory: Memory, tap: Tap, wanted: Wanted) -> Decision:
+    """By what the guest was last seen to ask for; a tap that wants to be asked first is not planned for before."""
+    sources = readings_wanted(tap, wanted)
+    may_ask = any(source is not Source.DEVICE_STATE or wanted.allow_pause for source in sources)
+    unknown = tap.vm is not None and tap.nic is None and not memory.asked
+    ask = (tap, wanted) if may_ask or unknown else None
+    if memory.reading and wanted.source in (None, memory.reading.source):
+        return Decision(plan=(replace(tap, reading=memory.reading), wanted), ask=ask)
+    if ask and not memory.asked:
+        return Decision(ask=ask)
+    return Decision(plan=(replace(tap, unread=memory.unread), wanted), ask=ask)
