@@ -31,7 +31,7 @@ from qsteer.watch import Event, events, missing, text, to_json
 
 LOOK_AGAIN_S = 30.0
 """For what sends no signal."""
-IDLE_SHARE = 200
+IDLE_SHARE = 1000
 """Looking again must not cost more than one part in so many of a core."""
 STORM_SHARE = 2
 """Between two looks this many times what a look takes: a guest that makes signals must not keep a core busy."""
@@ -126,7 +126,8 @@ def _now() -> str:
 class _Loop:
     """Waits, looks and lets its worker work.
 
-    ``soonest`` and ``latest`` are the times between which the next look is, ``alive`` when the watchdog wants a word.
+    ``soonest`` and ``latest`` are the times between which the next look is, ``due`` when the worker has to be asked,
+    ``alive`` when the watchdog wants a word.
     """
 
     def __init__(self, worker: Worker, service: Service, journal: Journal) -> None:
@@ -134,7 +135,7 @@ class _Loop:
         self._look_wanted = True
         self._found: Inventory | None = None
         self._ready = False
-        self._soonest = self._latest = self._alive = self._tick = 0.0
+        self._soonest = self._latest = self._alive = self._tick = self._due = 0.0
         self._bodies: dict[int, tuple[ProgramInfo, bool]] = {}
         self._said = ""
 
@@ -160,10 +161,17 @@ class _Loop:
             self._look_wanted = True
         if self._look_wanted and now >= self._soonest:
             self._look(signals, now)
-        self._worker.turn(time.monotonic())
-        if self._worker.has_acted():
-            signals.acted()
-        self._tell_service(time.monotonic())
+            self._due = now
+        # To ask each of a thousand taps whether it is due costs more than all the rest of an idle second.
+        if now >= self._due:
+            self._worker.turn(time.monotonic())
+            if self._worker.has_acted():
+                signals.acted()
+            self._tell_service()
+            self._due = self._worker.deadline(time.monotonic())
+        if self._service.alive_every_s and now >= self._alive:
+            self._service.alive()
+            self._alive = now + self._service.alive_every_s
 
     def _bodies_changed(self, now: float) -> bool:
         if now < self._tick:
@@ -203,7 +211,7 @@ class _Loop:
         self._latest = now + max(LOOK_AGAIN_S, (time.monotonic() - now) * IDLE_SHARE)
         return found
 
-    def _tell_service(self, now: float) -> None:
+    def _tell_service(self) -> None:
         status = self._worker.status()
         if not self._ready and self._found and not self._look_wanted and self._worker.is_done:
             self._ready = True
@@ -211,16 +219,12 @@ class _Loop:
         elif self._ready and status != self._said:
             self._service.status(status)
         self._said = status
-        if self._service.alive_every_s and now >= self._alive:
-            self._service.alive()
-            self._alive = now + self._service.alive_every_s
 
     def _deadline(self) -> float:
-        now = time.monotonic()
         alive = [self._alive] if self._service.alive_every_s else []
-        if self._look_wanted or self._worker.wants_look(now):
+        if self._look_wanted or self._worker.wants_look(time.monotonic()):
             return min(self._soonest, *alive) if alive else self._soonest
-        return min(self._tick, self._latest, self._worker.deadline(now), *alive)
+        return min(self._tick, self._latest, self._due, *alive)
 
 
 def _bodies(taps: Sequence[Tap]) -> dict[int, tuple[ProgramInfo, bool]]:

@@ -80,7 +80,8 @@ class ProgramInfo:
 class OpenQueue:
     """One open queue of a tun device.  ``netns`` is its network namespace's inode number, ``file`` its identity.
 
-    ``attachment`` is another one each time that a program is attached, be it the same one again; 0 for no program.
+    ``attachment`` tells one attachment of a program from the next, be it of the same program: another number if the
+    next one replaced it, but mostly the same once it was off for an RCU grace period (10 to 20 ms); 0 for no program.
     """
 
     file: int
