@@ -5,6 +5,7 @@ import contextlib
 import errno
 import itertools
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,14 @@ UNTOUCHED = {"qs_free", "qs_log_take"}
 """What gives no result."""
 SWITCHES = {"qs_steering_attach", "qs_steering_detach", "replace", "unlink"}
 """What changes the tap or its hold: an interrupt right after one of them must be undone as well."""
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were() -> Iterator[None]:
+    """``run`` gives QEMU the default handling of two signals that Python ignores, right before it becomes QEMU."""
+    yield
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(autouse=True, scope="module")
