@@ -189,6 +189,7 @@ uninstall: ## take off what install put there; running virtual machines stay ste
 		rmdir --ignore-fail-on-non-empty "$(ROOT_OF_INSTALL)/$$directory" 2>/dev/null || true
 	done
 	echo "Removed $(COMMAND) and $(LIBRARY)."
+	echo "A qsteer-keep.service that runs has to be stopped: systemctl disable --now qsteer-keep"
 	echo "Running virtual machines stay steered: /sys/fs/bpf/qsteer and /run/qsteer are as they were."
 
 clean: ## remove everything that is made, build/ included

@@ -194,6 +194,17 @@ int qs_capabilities_effective(uint64_t *set)
 	return 0;
 }
 
+int qs_lock_writer(int fd, int *pid)
+{
+	/* A lock for reading is in the way of locks for writing only. */
+	struct flock lock = { .l_type = F_RDLCK, .l_whence = SEEK_SET };
+
+	if (fcntl(fd, F_GETLK, &lock) < 0)
+		return -errno;
+	*pid = lock.l_type == F_WRLCK ? lock.l_pid : 0;
+	return 0;
+}
+
 int qs_bpffs_mount(const char *path)
 {
 	struct statfs fs;

@@ -44,6 +44,8 @@ int qs_fds_receive(int sock, int *fds, size_t count);
 int qs_capabilities_drop(void);
 /* The effective capability set, bit n for CAP number n. */
 int qs_capabilities_effective(uint64_t *set);
+/* The process that holds a write lock of fcntl(2) on any of a file, 0 for none; fd is open for reading. */
+int qs_lock_writer(int fd, int *pid);
 /* Mount a BPF file system on path unless there is one. */
 int qs_bpffs_mount(const char *path);
 

@@ -35,10 +35,6 @@ class Askers(Generic[Who]):
         """Whether an answer is to come."""
         return bool(self._open)
 
-    def asking(self, who: Who) -> bool:
-        """Whether somebody is being asked."""
-        return who in self._open
-
     def ask(self, who: Who, tap: Tap, wanted: Wanted) -> None:
         """Ask ``who``, who must not be asked already."""
         self._open.add(who)

@@ -148,6 +148,7 @@ class _Change:
                 self._on_failure("the shared body stays pinned", programs.unpin_refilled, program)
                 programs.refill_bodies(program)
             case Detach():
+                self._refuse_changed()
                 self._changes_to(0)
                 kernel.detach(self._fd)
             case PutHold():
@@ -175,7 +176,13 @@ class _Change:
         finally:
             program.close()
 
+    def _refuse_changed(self) -> None:
+        """To load a program takes a while; what was attached meanwhile is not taken off."""
+        if kernel.queue_of(self._fd).program_id != self.attached:
+            raise BusyError(f'tap "{self._tap.name}": what is attached changed meanwhile', hint="try again")
+
     def _attach(self, prog_fd: int, program_id: int) -> None:
+        self._refuse_changed()
         self._changes_to(program_id)
         kernel.attach(self._fd, prog_fd)
 

@@ -8,12 +8,11 @@ One loop: wait for a signal or a deadline, look at the whole host, say what chan
 not as wanted (``keeper``).  Nothing is stored: what is attached is read from the kernel, holds from their files.
 Killed at any point, steering is as the last finished step left it.
 
-Privileges of ``keep``: CAP_BPF and CAP_PERFMON load programs and tell of their end, CAP_NET_ADMIN is for tun,
-CAP_SYS_ADMIN looks at programs by their ids and into other network namespaces, CAP_SYS_PTRACE copies a QEMU's queue,
-CAP_DAC_OVERRIDE reaches the sockets of QEMU's user.  systemd/qsteer-keep.service.in leaves it no more than these.
+Privileges of ``keep``: CAP_BPF and CAP_PERFMON load programs and tell of their end, CAP_SYS_ADMIN looks at programs by
+their ids and into other network namespaces, CAP_SYS_PTRACE copies a QEMU's queue, CAP_DAC_OVERRIDE reaches the sockets
+of QEMU's user.  systemd/qsteer-keep.service.in leaves it no more than these.
 """
 
-import contextlib
 import datetime
 import time
 from collections.abc import Callable, Sequence
@@ -23,13 +22,13 @@ from qsteer import inventory, programs, render
 from qsteer.errors import QsteerError
 from qsteer.keeper import Keeper
 from qsteer.model import Inventory, ProgramInfo, Tap
-from qsteer.notify import Journal, Priority, Service
+from qsteer.notify import Journal, Priority, Service, write_line
 from qsteer.plan import Wanted
 from qsteer.selection import Selection
 from qsteer.signals import Signals, Wake
 from qsteer.watch import Event, events, missing, text, to_json
 
-LOOK_AGAIN_S = 30.0
+LOOK_AGAIN_S, LOOK_AGAIN_MOST_S = 30.0, 300.0
 """For what sends no signal."""
 IDLE_SHARE = 1000
 """Looking again must not cost more than one part in so many of a core."""
@@ -37,6 +36,7 @@ STORM_SHARE = 2
 """Between two looks this many times what a look takes: a guest that makes signals must not keep a core busy."""
 TICK_S = 1.0
 """How often the shared bodies are looked at, whose end is no change of any tap."""
+STDOUT = 1
 FAILED_S = 1.0
 """How long to wait when the host cannot be looked at."""
 
@@ -93,7 +93,7 @@ def main_keep(
     def tell(told: Event, priority: Priority) -> None:
         journal.say(text(told), priority)
         if json:
-            print(_line_of_json(told), flush=True)
+            write_line(_line_of_json(told), STDOUT)
 
     keeper = Keeper(selection, wanted, qmp=qmp, reread_s=reread_s, tell=tell, say=journal.say)
     try:
@@ -177,9 +177,7 @@ class _Loop:
         if now < self._tick:
             return False
         self._tick = now + TICK_S
-        with contextlib.suppress(QsteerError):  # the last program that calls it is gone
-            return any(programs.body_present(program) != present for program, present in self._bodies.values())
-        return False
+        return any(_is_there(program) not in (present, None) for program, present in self._bodies.values())
 
     def _look(self, signals: Signals, now: float) -> None:
         self._look_wanted = False
@@ -208,7 +206,7 @@ class _Loop:
         if self._found and now < self._latest:
             return inventory.fetch_again(self._found)
         found = inventory.fetch()
-        self._latest = now + max(LOOK_AGAIN_S, (time.monotonic() - now) * IDLE_SHARE)
+        self._latest = now + min(max(LOOK_AGAIN_S, (time.monotonic() - now) * IDLE_SHARE), LOOK_AGAIN_MOST_S)
         return found
 
     def _tell_service(self) -> None:
@@ -225,6 +223,14 @@ class _Loop:
         if self._look_wanted or self._worker.wants_look(time.monotonic()):
             return min(self._soonest, *alive) if alive else self._soonest
         return min(self._tick, self._latest, self._due, *alive)
+
+
+def _is_there(program: ProgramInfo) -> bool | None:
+    """Whether the shared body of a program is; None once the last program that calls it is gone."""
+    try:
+        return programs.body_present(program)
+    except QsteerError:
+        return None
 
 
 def _bodies(taps: Sequence[Tap]) -> dict[int, tuple[ProgramInfo, bool]]:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from qsteer import execute, holds, readings, upkeep
+from qsteer import execute, holds, namespaces, readings, upkeep
 from qsteer.asking import Askers
 from qsteer.errors import BusyError, ConflictError, NotFoundError, QsteerError
 from qsteer.model import Inventory, Kind, Tap
@@ -30,6 +30,7 @@ from qsteer.watch import (
     Event,
     Key,
     Repairs,
+    Vm,
     What,
     Who,
     attached,
@@ -54,9 +55,13 @@ ASK_BUSY_S, ASK_BUSY_TIMES = 2.0, 10
 """A guest whose QEMU is busy, or that was stopped a moment ago, is asked again about so often before that is told."""
 PERIODIC_S = 1.0
 """Shortest time between two questions to any guests that nothing but the clock asks for."""
+SOON_S = 2.0
+"""How soon a guest is asked again that has done something; then after twice that, and so on, up to ``reread_s``."""
 ANSWERS_S = 0.02
 """How often to look whether a guest that is being asked has answered."""
 LAST_ANSWERS_S = 2.0
+FOLLOW_MOST, FOLLOW_CALM_S = 60, 15.0
+"""So often within a minute a guest may make QEMU take a program off that follows it, and how long it waits then."""
 NEVER = float("inf")
 
 Tell = Callable[[Event, Priority], None]
@@ -90,6 +95,7 @@ class _Care:
     ask_at: float = 0.0
     asked_at: float = -ASK_AGAIN_S
     asks_failed: int = 0
+    silent: int = 0
     spoken: bool = True
 
     @property
@@ -122,7 +128,11 @@ class Keeper:
         self._untended: deque[Key] = deque()
         self._doubts: tuple[str, ...] = ()
         self._repairs = Repairs()
+        # A guest that is followed may say something else often, and has to be read as often.
+        self._followings = Repairs(most=FOLLOW_MOST, calm_s=FOLLOW_CALM_S)
         self._askers: Askers[Who] = Askers(lambda tap, wanted: readings.complete(tap, wanted, qmp=qmp))
+        # One question per VM: a QEMU that hangs must not take all who ask.
+        self._asked_vms: set[Vm | None] = set()
         self._periodic_at = 0.0
         self._look_at = NEVER
         self._acted = False
@@ -144,7 +154,7 @@ class Keeper:
         happened = self._events(taps)
         for key in self._cares.keys() - {key_of(tap) for tap in taps}:
             del self._cares[key]
-            self._repairs.over(key)
+            self._peace(key)
         for one in happened.pop(None, ()):
             self._tell(one, Priority.INFO)
         self._untended.clear()
@@ -170,19 +180,21 @@ class Keeper:
         while self._untended and self._clock() < now + SLICE_S:
             self._tell_act(self._tend(self._cares[self._untended.popleft()], now))
         for of, answer in self._askers.answers():
+            self._asked_vms.discard(of[1])
             care = self._cares.get(of[0])
             if care and care.who == of:
                 self._answered(care, answer, now)
         for care in self._cares.values():
-            ends = self._repairs.ends(key_of(care.tap))
+            ends = self._repairs_of(care).ends(key_of(care.tap))
             if 0 < care.retry_at <= now or (ends is not None and ends <= now):
                 care.retry_at = 0.0
                 self._tell_act(self._tend(care, now))
         for care in self._cares.values():
-            if care.ask and self._ask_at(care) <= now and not self._askers.asking(care.who):
+            if care.ask and self._ask_at(care) <= now and care.who[1] not in self._asked_vms:
                 if not care.urgent:
                     self._periodic_at = now + PERIODIC_S
                 care.spoken, care.asked_at = False, now
+                self._asked_vms.add(care.who[1])
                 self._askers.ask(care.who, *care.ask)
 
     def deadline(self, now: float) -> float:
@@ -193,9 +205,9 @@ class Keeper:
         for care in self._cares.values():
             if care.retry_at:
                 due.append(care.retry_at)
-            if (ends := self._repairs.ends(key_of(care.tap))) is not None:
+            if (ends := self._repairs_of(care).ends(key_of(care.tap))) is not None:
                 due.append(ends)
-            if care.ask and not self._askers.asking(care.who):
+            if care.ask and care.who[1] not in self._asked_vms:
                 due.append(self._ask_at(care))
         return min(due)
 
@@ -212,7 +224,7 @@ class Keeper:
         """Look at everything as if for the first time; what was attached and what the guests asked for stays known."""
         self._doubts = ()
         for key, care in self._cares.items():
-            self._repairs.over(key)
+            self._peace(key)
             care.problem = care.unread = ""
             care.failures = care.asks_failed = 0
             care.retry_at = care.ask_at = 0.0
@@ -221,7 +233,9 @@ class Keeper:
     def status(self) -> str:
         """One line."""
         vms = {care.who[1] for care in self._cares.values()} - {None}
-        alone = [care for key, care in self._cares.items() if care.problem or self._repairs.ends(key) is not None]
+        alone = [
+            care for key, care in self._cares.items() if care.problem or self._repairs_of(care).ends(key) is not None
+        ]
         held = sum(care.tap.hold for care in self._cares.values())
         parts = [f"keeping {len(self._cares)} taps of {len(vms)} VMs"]
         parts += [f"{len(alone)} left alone"] * bool(alone) + [f"{held} held off"] * bool(held)
@@ -232,7 +246,8 @@ class Keeper:
         self._askers.close(LAST_ANSWERS_S)
 
     def _chosen(self, found: Inventory) -> tuple[Tap, ...]:
-        taps, doubts = choose(found.taps, self._selection, {care.who for care in self._cares.values()})
+        known = {care.who for care in self._cares.values()}
+        taps, doubts = choose(found.taps, self._selection, known, own_netns=namespaces.own())
         for doubt in doubts:
             if doubt not in self._doubts:
                 self._say(doubt, Priority.WARNING)
@@ -268,7 +283,7 @@ class Keeper:
                 care.lost, care.how = one.old, _how(care.tap, one)
             if one.what in _SPOKEN:
                 care.spoken = True
-                care.asks_failed = 0
+                care.asks_failed = care.silent = 0
                 care.ask_at = now
         return told
 
@@ -291,7 +306,9 @@ class Keeper:
             most = ASK_BUSY_S if busy and care.asks_failed <= ASK_BUSY_TIMES else FAILED_MOST_S
             care.ask_at = now + _pause(care.asks_failed, FAILED_S, most)
         else:
-            care.ask_at = now + self._reread_s if self._reread_s else NEVER
+            # A guest that boots says one thing after the other, and of some of them there is no sign.
+            care.silent += 1
+            care.ask_at = now + _pause(care.silent, SOON_S, self._reread_s) if self._reread_s else NEVER
         if care.spoken:
             care.ask_at = now
         unread = "; ".join(care.memory.unread)
@@ -312,10 +329,10 @@ class Keeper:
             self._look_at = now
             return None
         care.memory = upkeep.remember(care.memory, tap, self._wanted)
-        if self._repairs.fighting(key, now):
+        if self._repairs_of(care).fighting(key, now):
             if not _is_ours(tap):
                 return None
-            self._repairs.over(key)
+            self._peace(key)
         if now < care.retry_at:
             return None
         decision = upkeep.decide(care.memory, tap, self._wanted)
@@ -337,8 +354,8 @@ class Keeper:
             self._is_fine(care)
             return None
         repair = bool(care.lost or tap.program_id) and care.memory.settled and not _is_ours(tap) and _attaches(plan)
-        if repair and not self._repairs.may_put_back(key, now):
-            repairs = self._repairs
+        repairs = self._repairs_of(care)
+        if repair and not repairs.may_put_back(key, now):
             told = f"put back {repairs.most} times within {repairs.window_s:g} s; again in {repairs.calm_s:g} s"
             return event(What.FIGHT, tap, old=care.lost, detail=told)
         self._acted = True
@@ -346,10 +363,10 @@ class Keeper:
             program_id = _execute(plan)
         except QsteerError as error:
             if repair and isinstance(error, ConflictError):
-                self._repairs.count(key, now)
+                repairs.count(key, now)
             return self._failed(care, error, now)
         if repair:
-            self._repairs.count(key, now)
+            repairs.count(key, now)
         act = _act(care, plan, program_id)
         care.memory = upkeep.done(care.memory, plan, program_id)
         self._is_fine(care)
@@ -360,6 +377,13 @@ class Keeper:
         if self._before is not None:
             self._before[key] = left
         return act
+
+    def _repairs_of(self, care: _Care) -> Repairs:
+        return self._followings if care.memory.reading else self._repairs
+
+    def _peace(self, key: Key) -> None:
+        self._repairs.over(key)
+        self._followings.over(key)
 
     def _is_fine(self, care: _Care) -> None:
         care.memory = replace(care.memory, settled=True)

@@ -13,22 +13,24 @@ inherit its ``NAME.pid``, open and locked for writing (virCommandSetPidFile), un
 kernel's word (F_GETLK), and only who may write to the file can take it: no name, clock or command line decides.
 
 What a user makes is opened without following symbolic links, and on the file system of that user's directory only: one
-of the user's own making (FUSE) could keep the reader waiting for ever.  All is bounded, and a document type (the place
-of entities) refused.
+of the user's own making (FUSE) could keep the reader waiting for ever.  Nor is a lease waited for, by which a file's
+owner may hold up who opens it for /proc/sys/fs/lease-break-time: such a file is left out.  The entries of a directory,
+the files and the bytes that are read are bounded, each file is read once whatever its names, and a document type (the
+place of entities) is refused.
 """
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+from qsteer._shim import ffi, lib
 from qsteer.errors import from_errno
 from qsteer.model import Domain, Interface, Process
 
@@ -38,14 +40,24 @@ SESSION_STEPS = ("libvirt", "qemu", "run")
 
 FILE_MAX = 4 << 20
 """Bytes of a status file that are read; one of libvirt's is of 10 to 20 thousand, more with many disks."""
-FILES_MAX = 4096
-"""Files of one directory that are looked at."""
 
 _TEXT_MAX = 4096
 _ELEMENTS_MAX = 100_000
 _AGENT = "org.qemu.guest_agent.0"
-# struct flock of 64-bit Linux (asm-generic/fcntl.h), as fcntl() wants it: type, whence, start, length, pid.
-_FLOCK = struct.Struct("hhqqi4x")
+_ENTRIES_PER_FILE = 4
+"""A domain has a status file and a pid file; there are a few directories, and files that are being written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What is read of one directory: the number of status files, and the bytes of them all."""
+
+    files: int
+    bytes: int
+
+
+SYSTEM_LIMITS = Limits(files=4096, bytes=64 << 20)
+SESSION_LIMITS = Limits(files=256, bytes=8 << 20)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +78,7 @@ def domains(processes: Iterable[Process]) -> Found:
     found: dict[int, Domain] = {}
     try:
         with _directory(SYSTEM) as directory:
-            found = domains_in(directory, 0, None, by_pid)
+            found = domains_in(directory, 0, None, by_pid, SYSTEM_LIMITS)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -75,7 +87,7 @@ def domains(processes: Iterable[Process]) -> Found:
     for uid in sorted({process.uid for process in by_pid.values()} - {0}):
         with contextlib.suppress(OSError), _session(uid) as (directory, mount):
             of_user = {pid: process for pid, process in by_pid.items() if process.uid == uid and pid not in found}
-            for pid, domain in domains_in(directory, uid, mount, of_user).items():
+            for pid, domain in domains_in(directory, uid, mount, of_user, SESSION_LIMITS).items():
                 if not taken & {domain.name, domain.uuid}:
                     found[pid] = domain
     return Found(domains=found, notes=notes)
@@ -163,23 +175,31 @@ def _number(text: str | None) -> int | None:
     return int(text) if text and text.isascii() and text.isdecimal() and len(text) <= 10 else None
 
 
-def domains_in(directory: int, owner: int, mount: int | None, processes: Mapping[int, Process]) -> dict[int, Domain]:
-    """By pid, the domains of one directory whose lock one of the processes holds.
+def domains_in(
+    directory: int, owner: int, mount: int | None, processes: Mapping[int, Process], limits: Limits
+) -> dict[int, Domain]:
+    """By pid, the domains of one directory whose lock one of the processes holds; the first by name for each.
 
     Raises OSError if the directory cannot be read, or none of the files because of a missing right.
     """
     found: dict[int, Domain] = {}
     refused: PermissionError | None = None
-    for name in sorted(os.listdir(directory))[:FILES_MAX] if processes else ():
-        if not name.endswith(".xml"):
-            continue
+    known: set[tuple[int, int]] = set()
+    left = limits.bytes
+    for name in _status_files(directory, limits.files) if processes else ():
         try:
             with _regular_file(directory, f"{name.removesuffix('.xml')}.pid", owner, mount) as pid_file:
                 pid = _writer_of(pid_file)
-            if pid not in processes:
+            if pid not in processes or pid in found:
                 continue
             with _regular_file(directory, name, owner, mount) as status_file:
-                domain = parse(_read(status_file))
+                is_now = os.fstat(status_file)
+                inode, size = (is_now.st_dev, is_now.st_ino), is_now.st_size
+                if inode in known or size > min(FILE_MAX, left):
+                    continue
+                known.add(inode)
+                left -= size
+                domain = parse(_read(status_file, size))
             if domain and domain.pid == pid:
                 found[pid] = domain
         except PermissionError as error:
@@ -191,19 +211,26 @@ def domains_in(directory: int, owner: int, mount: int | None, processes: Mapping
     return found
 
 
+def _status_files(directory: int, most: int) -> list[str]:
+    """Raises OSError."""
+    with os.scandir(directory) as entries:
+        names = [entry.name for entry in islice(entries, most * _ENTRIES_PER_FILE)]
+    return sorted(name for name in names if name.endswith(".xml"))[:most]
+
+
 def _writer_of(fd: int) -> int:
     """The process that holds a write lock on a file, 0 for none.  Raises OSError."""
-    asked = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
-    kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, asked))
-    return pid if kind == fcntl.F_WRLCK else 0
+    pid = ffi.new("int *")
+    result = lib.qs_lock_writer(fd, pid)
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return int(pid[0])
 
 
-def _read(fd: int) -> bytes:
+def _read(fd: int, size: int) -> bytes:
+    """What was of this size when it was looked at; libvirt puts a new file in the place of one that changes."""
     with open(fd, "rb", closefd=False) as file:
-        data = file.read(FILE_MAX + 1)
-    if len(data) > FILE_MAX:
-        raise OSError(errno.EFBIG, "too large")
-    return data
+        return file.read(size)
 
 
 @contextlib.contextmanager
@@ -233,13 +260,16 @@ def _session(uid: int) -> Iterator[tuple[int, int]]:
 
 @contextlib.contextmanager
 def _regular_file(directory: int, name: str, owner: int, mount: int | None) -> Iterator[int]:
-    """A regular file that belongs to ``owner``, open for reading.  Raises OSError."""
+    """A regular file that belongs to ``owner``, open for reading.
+
+    Raises OSError; BlockingIOError at once where somebody has a lease on the file (fcntl(2), F_SETLEASE).
+    """
     at = _step(directory, name, mount)
     try:
         found = os.fstat(at)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != owner:
             raise OSError(errno.EINVAL, "not a file of libvirt's")
-        fd = os.open(f"/proc/self/fd/{at}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"/proc/self/fd/{at}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     finally:
         os.close(at)
     try:

@@ -27,6 +27,11 @@ class Source(enum.StrEnum):
     GUEST_AGENT = "guest-agent"
     STATIC = "static"
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether a guest has to be asked, since nothing tells when it changes something."""
+        return self in (Source.DEVICE_STATE, Source.GUEST_AGENT)
+
 
 class Kind(enum.StrEnum):
     """Whose program it is."""

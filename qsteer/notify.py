@@ -4,6 +4,7 @@
 import contextlib
 import enum
 import os
+import select
 import socket
 import time
 from collections.abc import MutableMapping
@@ -81,12 +82,20 @@ class Journal:
         self._with_priority = _is_journal(fd)
 
     def say(self, text: str, priority: Priority = Priority.INFO) -> None:
-        """One line.  That nobody reads it any more is no reason to stop."""
+        """One line."""
         if priority > self._least:
             return
         prefix = f"<{priority:d}>" if self._with_priority else ""
-        with contextlib.suppress(OSError):
-            os.write(self._fd, f"{prefix}{self._name}: {text}\n".encode(errors="backslashreplace"))
+        write_line(f"{prefix}{self._name}: {text}", self._fd)
+
+
+def write_line(line: str, fd: int) -> None:
+    """Write it if somebody takes it: that nobody reads it any more, or is slow to, is no reason to stop or to wait."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    with contextlib.suppress(OSError):
+        if any(event & select.POLLOUT for _, event in poll.poll(0)):
+            os.write(fd, f"{line}\n".encode(errors="backslashreplace"))
 
 
 def _is_journal(fd: int) -> bool:

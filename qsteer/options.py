@@ -2,6 +2,7 @@
 """What a parsed command line means: selections, configurations, what ``apply`` is wanted to do."""
 
 import argparse
+import re
 from pathlib import Path
 
 from qsteer import ethtool, rss
@@ -9,6 +10,8 @@ from qsteer.errors import UsageError, from_errno
 from qsteer.model import Source
 from qsteer.plan import Static, Wanted
 from qsteer.selection import Selection
+
+_REVISION = re.compile("[0-9a-f]{12}")
 
 
 def selection(options: argparse.Namespace, *, required: bool) -> Selection:
@@ -23,7 +26,7 @@ def selection(options: argparse.Namespace, *, required: bool) -> Selection:
         every=bool(options.all),
     )
     if required and not chosen:
-        raise UsageError("which taps?", hint="--vm NAME, --pid PID, --dev TAP, --nic ID, --mac MAC or --all")
+        raise UsageError("which taps?", hint="--vm, --pid, --dev, --nic, --mac, --netns, --qmp or --all")
     return chosen
 
 
@@ -47,10 +50,18 @@ def wanted(options: argparse.Namespace) -> Wanted:
         replace=options.replace,
         force=options.force,
         if_absent=options.if_absent,
-        expect=options.expect,
+        expect=expected(options),
         refresh=options.refresh,
         allow_pause=may_pause(options),
     )
+
+
+def expected(options: argparse.Namespace) -> str | None:
+    """The revision of --expect.  Raises UsageError if it is none."""
+    expect: str | None = options.expect
+    if expect is not None and not _REVISION.fullmatch(expect):
+        raise UsageError(f'--expect: "{expect}" is not a revision', hint="twelve digits, from qsteer status -j")
+    return expect
 
 
 def may_pause(options: argparse.Namespace) -> bool:

@@ -24,30 +24,34 @@ SHARE = 50
 UNFINISHED_S = 0.2
 """A pause of which nobody has said how long it took."""
 
+_POLL_S = 0.02
+
 
 @contextlib.contextmanager
-def turn(process: Process, *, interval_s: float = INTERVAL_S) -> Iterator[Callable[[float], None]]:
+def turn(
+    process: Process, *, interval_s: float = INTERVAL_S, patience_s: float = 0.0
+) -> Iterator[Callable[[float], None]]:
     """The right to stop a VM once.  What is yielded is called with UNFINISHED_S before, and the seconds after.
 
     Raises BusyError, with when to try again, if the VM was stopped less than ``interval_s`` ago, or SHARE times as long
-    as it took, or is being read now; QsteerError where no stamp can be kept.  An interval of 0 is no limit at all.
+    as it took, or is being read now, and that does not end within ``patience_s``; QsteerError where no stamp can be
+    kept.  An interval of 0 is no limit at all.
     """
+    deadline = time.monotonic() + patience_s
     forget_ended()
     path = _folder() / f"{process.pid}-{process.started}"
     try:
-        holds.RUNTIME.mkdir(mode=0o755, exist_ok=True)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        stamp = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        stamp = _open(path)
     except OSError as error:
         raise from_errno(error.errno or 0, f"cannot keep in {path} when the VM was stopped") from None
     try:
-        try:
-            fcntl.flock(stamp, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(f"the device state of process {process.pid} is being read already") from None
+        if not _lock(stamp, deadline):
+            raise BusyError(f"the device state of process {process.pid} is being read already")
         last, took_s = _last(stamp)
-        wait_s = last + max(interval_s, SHARE * took_s) - _now()
-        if interval_s and wait_s > 0:
+        wait_s = last + max(interval_s, SHARE * took_s) - _now() if interval_s else 0.0
+        if 0 < wait_s <= deadline - time.monotonic():
+            time.sleep(wait_s)
+        elif wait_s > 0:
             raise BusyError(
                 f"the VM of process {process.pid} was stopped for a reading {_now() - last:.1f} s ago",
                 hint=f"try again in {math.ceil(wait_s)} s",
@@ -66,6 +70,32 @@ def forget_ended() -> None:
             if not process or str(process.started) != started:
                 with contextlib.suppress(OSError):
                     path.unlink()
+
+
+def _open(path: Path) -> int:
+    """Raises OSError."""
+    try:
+        return _make(path)
+    except FileNotFoundError:
+        return _make(path)  # ``qsteer clean`` removes a folder that is empty, as that was until now
+
+
+def _make(path: Path) -> int:
+    holds.RUNTIME.mkdir(mode=0o755, exist_ok=True)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _lock(stamp: int, deadline: float) -> bool:
+    """Whether the stamp could be locked by then, in seconds of ``time.monotonic()``."""
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(stamp, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return False
+        time.sleep(min(left_s, _POLL_S))
 
 
 def _folder() -> Path:

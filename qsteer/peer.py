@@ -35,8 +35,8 @@ TIMEOUT_S = 5.0
 
 _LINKS_MAX = 40
 _SHOWN_MAX = 120
-_UCRED = struct.Struct("iII")
-_TIMEVAL = struct.Struct("ll")
+_UCRED = struct.Struct("@3i")  # struct ucred of unix(7), in the machine's own types: pid, uid, gid
+_TIMEVAL = struct.Struct("@2l")  # struct timeval of setsockopt(2)'s SO_SNDTIMEO: seconds, microseconds
 _NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ECONNREFUSED)
 
 

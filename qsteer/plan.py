@@ -13,8 +13,6 @@ from qsteer.errors import BusyError, ConflictError, UnsupportedError
 from qsteer.model import Held, Kind, ProgramInfo, Reading, Source, Tap
 from qsteer.rss import BASE_TYPES, KEY_BYTES, TABLE_MAX, HashType, RssConfig
 
-_READ = {Source.DEVICE_STATE, Source.GUEST_AGENT}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attach:
@@ -152,11 +150,12 @@ def readings_wanted(tap: Tap, wanted: Wanted) -> tuple[Source, ...]:
     if not tap.steerable or wanted.static or (wanted.if_absent and tap.program_id):
         return ()
     if wanted.source:
-        return (wanted.source,) if wanted.source in _READ else ()
+        return (wanted.source,) if wanted.source.is_asked else ()
     if not tap.nic or not tap.nic.rss or _follows_maps(tap):
         return ()
     own = tap.program.ident if tap.program else None
-    if tap.program_id and not wanted.replace and not (own and own.source in _READ):
+    to_be_seen_to = own and ((own.source and own.source.is_asked) or tap.steered_in_software)
+    if tap.program_id and not wanted.replace and not to_be_seen_to:
         return ()
     return (Source.DEVICE_STATE, Source.GUEST_AGENT) if wanted.allow_pause else (Source.GUEST_AGENT,)
 
@@ -230,7 +229,7 @@ def _apply_auto(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) ->
     if attached and attached.kind is Kind.QEMU and wanted.source in (None, Source.QEMU_MAPS):
         return _over_qemus(tap, attached) if wanted.replace else _unchanged(tap, Source.QEMU_MAPS)
     _refuse_foreign(tap, wanted)
-    if tap.reading and (wanted.source in _READ or tap.reading.config or not tap.held):
+    if tap.reading and ((wanted.source and wanted.source.is_asked) or tap.reading.config or not tap.held):
         return _apply_reading(tap, wanted, tap.reading)
     if shared and wanted.source in (None, Source.SHARED_MAPS):
         return _apply_held(tap, wanted, shared, Source.SHARED_MAPS)
@@ -239,7 +238,8 @@ def _apply_auto(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) ->
     if wanted.source:
         raise _cannot_follow(tap, wanted.source)
     if attached and attached.ident and tap.body_present:
-        return _unchanged(tap, attached.ident.source)
+        undone = ("QEMU undoes it in software: see qsteer off, or --allow pause",) if tap.steered_in_software else ()
+        return replace(_unchanged(tap, attached.ident.source), notes=undone)
     if tap.nic and tap.nic.rss and not attached:
         if qemus:
             return _ready(tap, Source.QEMU_MAPS, "QEMU attaches its own program when the guest asks for RSS")
@@ -464,7 +464,7 @@ def _refuse_software(tap: Tap, wanted: Wanted) -> None:
     raise UnsupportedError(
         f'the QEMU behind tap "{tap.name}" steers in software (rss=on, vhost=off, no program loaded): '
         "it undoes any other steering",
-        hint="qsteer run starts it with a program; --source device-state --allow pause steers by the guest's own table",
+        hint="qsteer run starts it with a program; --allow pause, or a guest agent, steers by the guest's own table",
     )
 
 

@@ -9,12 +9,16 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from qsteer import qemuargs
 from qsteer.model import Process
 
 QEMUS_MAX = 10_000
 """QEMUs that are looked for: ten times the size of host that qsteer is made for."""
+
+FDS_MAX = 65_536
+"""Open files of one process that are looked at: far more than a QEMU with a thousand NICs has."""
 
 _NAME_BYTES = 4096
 _FILE_BYTES = 16384
@@ -25,7 +29,7 @@ _MACVTAP = re.compile(r"(.*/)?tap[0-9]+")
 class OpenFiles:
     """What a QEMU has open, by fd: BPF programs (program id to fd), queues of taps, of macvtaps; and vhost-net or not.
 
-    ``seen`` is False where it takes a right that is missing.
+    ``seen`` is False where it takes a right that is missing, or there are more than FDS_MAX: the rest is not looked at.
     """
 
     programs: dict[int, int]
@@ -75,12 +79,13 @@ def open_files(pid: int) -> OpenFiles:
     programs: dict[int, int] = {}
     queues, macvtaps, vhost_net = set(), set(), False
     try:
-        names = os.listdir(f"/proc/{pid}/fd")  # noqa: PTH208 (thousands of them)
+        with os.scandir(f"/proc/{pid}/fd") as entries:
+            names = [entry.name for entry in islice(entries, FDS_MAX + 1)]
     except PermissionError:
         return OpenFiles(programs={}, queues=frozenset(), macvtaps=frozenset(), vhost_net=False, seen=False)
     except OSError:
         names = []
-    for name in names:
+    for name in names[:FDS_MAX]:
         with contextlib.suppress(OSError):
             # The kernel's own name for the file: to look at the file itself could mean to wait for its owner (FUSE).
             target = os.readlink(f"/proc/{pid}/fd/{name}")  # noqa: PTH115
@@ -92,7 +97,13 @@ def open_files(pid: int) -> OpenFiles:
                 macvtaps.add(int(name))
             elif target.endswith("/vhost-net"):
                 vhost_net = True
-    return OpenFiles(programs=programs, queues=frozenset(queues), macvtaps=frozenset(macvtaps), vhost_net=vhost_net)
+    return OpenFiles(
+        programs=programs,
+        queues=frozenset(queues),
+        macvtaps=frozenset(macvtaps),
+        vhost_net=vhost_net,
+        seen=len(names) <= FDS_MAX,
+    )
 
 
 def held_programs(pid: int) -> dict[int, int]:

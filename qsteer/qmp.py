@@ -14,7 +14,8 @@ it: the last writer of a pipe gone is a signal to that group.
 
 ``converse`` is one exchange with a QEMU that runs: connect, a few commands, disconnect.  A monitor serves one client at
 a time, so none is held longer than that.  Where its socket is, a QEMU says itself, so it may be a lie; ``peer`` sees to
-it that the process itself listens there.
+it that the process itself listens there.  What it sends is bounded (``qmpclient``), and so is the time that all of it
+takes.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ import select
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -36,6 +38,9 @@ from qsteer.model import Process
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
+    from qemu.qmp.message import Message
+
+    from qsteer.qmpclient import BoundedClient
 
 PROBE_TIMEOUT_S = 20.0
 """Long enough for a cold start on a busy host; a QEMU without a machine is there in a tenth of a second."""
@@ -45,6 +50,7 @@ TIMEOUT_S = 5.0
 
 _STDERR_MAX = 4096
 _DISCONNECT_TIMEOUT_S = 1.0
+_EVENTS_MAX = 64
 _LAST_WORDS_S = 0.5
 _Answer = TypeVar("_Answer")
 
@@ -83,7 +89,8 @@ def probe(binary: str, *, drivers: Iterable[str], become: Callable[[], None] | N
             child = _start(binary, theirs.fileno(), lifeline, become)
             stack.callback(_end, child)
         try:
-            return _run(ours, lambda client: _ask(client, drivers), PROBE_TIMEOUT_S, PROBE_TIMEOUT_S)
+            began = time.monotonic()
+            return _run(ours, lambda client: _ask(client, drivers), began, PROBE_TIMEOUT_S, PROBE_TIMEOUT_S)
         except TimeoutError:
             raise UnsupportedError(f'"{binary}" does not answer as QEMU within {PROBE_TIMEOUT_S:g} s') from None
         except failures() as error:
@@ -103,7 +110,8 @@ def execute(
     errno says if it cannot be reached.
     """
     where = address if isinstance(address, str) else "the given socket"
-    return _session(address, where, lambda monitor: monitor.ask(command, arguments), timeout_s, timeout_s)
+    began = time.monotonic()
+    return _session(address, where, lambda monitor: monitor.ask(command, arguments), began, timeout_s, timeout_s)
 
 
 class Monitor:
@@ -141,10 +149,17 @@ class Monitor:
     async def ask_and_hear(
         self, command: str, arguments: Mapping[str, object], events: Iterable[str]
     ) -> tuple[object, tuple[tuple[str, float], ...]]:
-        """QEMU's answer, and those of ``events`` that came before it: their names and their times, in seconds."""
-        with self._client.listener(tuple(events)) as heard:
+        """QEMU's answer, and the first of ``events`` that came before it: their names and their times, in seconds."""
+        heard: list[tuple[str, float]] = []
+
+        def hear(event: "Message") -> bool:
+            if len(heard) < _EVENTS_MAX:
+                heard.append((str(event["event"]), _seconds(event.get("timestamp"))))
+            return False  # qemu.qmp would keep it, too, however many there are
+
+        with self._client.listener(tuple(events), hear):
             answer = await self.ask(command, arguments)
-            return answer, tuple((str(event["event"]), _seconds(event.get("timestamp"))) for event in heard.history)
+        return answer, tuple(heard)
 
 
 def converse(
@@ -156,26 +171,39 @@ def converse(
 ) -> _Answer:
     """One exchange with a QEMU that runs, on the unix socket ``path`` that ``process`` sees and itself listens on.
 
-    Raises what ``peer.connect`` and ``exchange`` raise; BusyError if QEMU does not answer in time (a monitor serves one
-    client at a time), QsteerError if it breaks off.
+    ``exchange_timeout_s`` is for all of it, connecting included.  Raises what ``peer.connect`` and ``exchange`` raise;
+    BusyError if QEMU does not answer in time (a monitor serves one client at a time), QsteerError if it breaks off, or
+    sends too much.
     """
+    began = time.monotonic()
     with peer.connect(path, process, timeout_s=TIMEOUT_S) as sock:
-        return _session(sock, f'"{printable(path)}"', exchange, TIMEOUT_S, exchange_timeout_s)
+        return _session(sock, f'"{printable(path)}"', exchange, began, TIMEOUT_S, exchange_timeout_s)
+
+
+def member(answer: object, name: str) -> object:
+    """A member of what QEMU answered; None where there is none."""
+    return answer.get(name) if isinstance(answer, dict) else None
 
 
 def _session(
     address: str | socket.socket,
     where: str,
     exchange: Callable[[Monitor], Awaitable[_Answer]],
+    began: float,
     timeout_s: float,
     exchange_timeout_s: float,
 ) -> _Answer:
+    from qsteer.qmpclient import TooMuchError
+
     try:
-        return _run(address, lambda client: exchange(Monitor(client, where)), timeout_s, exchange_timeout_s)
+        return _run(address, lambda client: exchange(Monitor(client, where)), began, timeout_s, exchange_timeout_s)
     except TimeoutError:
         raise BusyError(
-            f"QEMU at {where} does not answer within {timeout_s:g} s", hint="another client may hold that monitor"
+            f"QEMU at {where} does not answer within {timeout_s:g} s",
+            hint="another client may hold that monitor, or it is no QMP socket (but a guest agent's)",
         ) from None
+    except TooMuchError as error:
+        raise QsteerError(f"QEMU at {where} sends {error}") from None
     except failures() as error:
         cause = getattr(error, "exc", error)
         if isinstance(cause, OSError) and cause.errno:
@@ -235,9 +263,13 @@ def _line(text: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    from qsteer.qmpclient import TooMuchError
+
     cause = getattr(error, "exc", error)
     if isinstance(cause, EOFError):
         return "it closed the monitor"
+    if isinstance(cause, TooMuchError):
+        return f"it sends {cause}"
     return _line(str(cause)).rstrip(": ") or type(cause).__name__
 
 
@@ -251,31 +283,47 @@ def failures() -> tuple[type[Exception], ...]:
 def _run(
     address: str | socket.socket,
     exchange: Callable[["QMPClient"], Awaitable[_Answer]],
+    began: float,
     timeout_s: float,
     exchange_timeout_s: float,
 ) -> _Answer:
+    """Both times count from ``began``, a time of ``time.monotonic()``: until QEMU has greeted, and until all is done.
+
+    Raises TimeoutError.
+    """
     import asyncio
 
-    from qemu.qmp import QMPClient
+    from qsteer.qmpclient import BoundedClient
 
     async def session() -> _Answer:
         # What ends a session is raised where it is waited for; it is not to be printed once more as nobody's.
-        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
-        client = QMPClient("qsteer")
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda *_: None)
+        client = BoundedClient()
+        start = loop.time() - (time.monotonic() - began)
         try:
-            async with asyncio.timeout(timeout_s):
-                try:
-                    await client.connect(address)
-                except AssertionError:
-                    raise EOFError from None  # qemu.qmp 0.0.6: the other side has gone again already
-            async with asyncio.timeout(exchange_timeout_s):
+            async with asyncio.timeout_at(start + exchange_timeout_s):
+                async with asyncio.timeout_at(start + timeout_s):
+                    await _connect(client, address)
                 return await exchange(client)
+        except failures():
+            if client.too_much:
+                raise client.too_much from None
+            raise
         finally:
             # Why a session ended is in what was raised; to leave one must not take longer than that.
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(client.disconnect(), _DISCONNECT_TIMEOUT_S)
+            client.abort()
 
     return asyncio.run(session())
+
+
+async def _connect(client: "BoundedClient", address: str | socket.socket) -> None:
+    try:
+        await client.connect(address)
+    except AssertionError:
+        raise EOFError from None  # qemu.qmp 0.0.6: the other side has gone again already
 
 
 async def _ask(client: "QMPClient", drivers: Iterable[str]) -> QemuProbe:

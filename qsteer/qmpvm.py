@@ -25,7 +25,7 @@ from pathlib import Path
 from qsteer import qmp
 from qsteer.errors import NotFoundError, QsteerError, UnsupportedError, printable
 from qsteer.model import Nic, Process, Tap
-from qsteer.qmp import Monitor
+from qsteer.qmp import Monitor, member
 
 _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached")
 """Where devices are: those with an id, those without one, those that a board makes itself (-nic)."""
@@ -126,14 +126,14 @@ def nic_of(vm: QmpVm, tap: Tap) -> QmpNic:
 
 async def describe(monitor: Monitor, pid: int) -> QmpVm:
     """``inspect``, within an exchange.  Raises QsteerError."""
-    status = _text(_member(await monitor.ask("query-status"), "status"))
+    status = _text(member(await monitor.ask("query-status"), "status"))
     if not status:
         raise QsteerError("QEMU does not say whether the VM runs")
     backends = parse_info_network(await monitor.ask("human-monitor-command", {"command-line": "info network"}))
     found = [await _nic(monitor, path, driver, backends) for path, driver in await _paths(monitor)]
     return QmpVm(
-        name=_text(_member(await monitor.ask("query-name"), "name")),
-        uuid=_text(_member(await monitor.ask("query-uuid"), "UUID")),
+        name=_text(member(await monitor.ask("query-name"), "name")),
+        uuid=_text(member(await monitor.ask("query-uuid"), "UUID")),
         version=monitor.version,
         status=status,
         nics=_with_vhost(found, pid),
@@ -163,7 +163,7 @@ async def _paths(monitor: Monitor) -> Sequence[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for container in _CONTAINERS:
         for child in _list(await monitor.ask("qom-list", {"path": container})):
-            name, driver = _text(_member(child, "name")), _DRIVER.fullmatch(_text(_member(child, "type")) or "")
+            name, driver = _text(member(child, "name")), _DRIVER.fullmatch(_text(member(child, "type")) or "")
             if name and driver and "/" not in name:
                 found.append((f"{container}/{name}", driver[1]))
     return found[:_NICS_MAX]
@@ -227,7 +227,7 @@ async def _used(monitor: Monitor, path: str, queue: int) -> int | None:
         status = await monitor.ask("x-query-virtio-queue-status", {"path": f"{path}/virtio-backend", "queue": queue})
     except QsteerError:
         return None
-    used = _member(status, "used-idx")
+    used = member(status, "used-idx")
     return used & 0xFFFF if isinstance(used, int) else None
 
 
@@ -257,10 +257,6 @@ def _is(nic: QmpNic, named: Nic) -> bool:
     if named.id:
         return nic.id == named.id
     return bool(named.mac) and nic.mac == named.mac
-
-
-def _member(answer: object, name: str) -> object:
-    return answer.get(name) if isinstance(answer, dict) else None
 
 
 def _list(answer: object) -> Sequence[object]:

@@ -16,57 +16,62 @@ from qsteer.model import Nic, Process, Reading, Source, Tap
 from qsteer.plan import Wanted, readings_wanted
 from qsteer.state import Agrees, agrees
 
+_PATHS_MAX = 3
+"""QMP sockets of one VM that are tried: its users have one for themselves, seldom two."""
 _Answer = TypeVar("_Answer")
 
 
-def complete(tap: Tap, wanted: Wanted, *, qmp: str | None = None) -> Tap:
+def complete(tap: Tap, wanted: Wanted, *, qmp: str | None = None, patience_s: float = 0.0) -> Tap:
     """The tap with all that ``plan_apply`` needs to know for what is wanted.
 
-    Raises QsteerError if a source that was named cannot be read, BusyError if one of several was busy and none
-    answered.
+    Waits ``patience_s`` at most for a VM that was stopped a moment ago, or is being read.  Raises QsteerError if a
+    source that was named cannot be read, BusyError if one of several was busy and none answered.
     """
     if not wanted.static and wanted.source is not Source.STATIC:
         tap = _with_nic(tap, qmp)
     sources = readings_wanted(tap, wanted)
     if wanted.source in sources:
-        return read(tap, wanted.source, qmp=qmp, allow_pause=wanted.allow_pause)
-    tap, busy = _first_that_answers(tap, sources, qmp)
+        allow_pause = wanted.allow_pause
+        return read(tap, wanted.source, qmp=qmp, allow_pause=allow_pause, patience_s=patience_s)
+    tap, busy = _first_that_answers(tap, sources, qmp, patience_s)
     if busy and not tap.reading:
         raise busy
     return tap
 
 
-def check(tap: Tap, *, qmp: str | None, allow_pause: bool) -> Tap:
+def check(tap: Tap, *, qmp: str | None, allow_pause: bool, patience_s: float) -> Tap:
     """The tap with what its guest asks for, unless that is known without asking; why not, where it cannot be asked."""
     tap = _with_used(_with_nic(tap, qmp), qmp)
     if agrees(tap) is not Agrees.UNKNOWN or not tap.steerable or not tap.vm:
         return tap
     paused = (Source.DEVICE_STATE,) if allow_pause else ()
-    tap, busy = _first_that_answers(tap, (*paused, Source.GUEST_AGENT), qmp)
+    tap, busy = _first_that_answers(tap, (*paused, Source.GUEST_AGENT), qmp, patience_s)
     if tap.reading:
         return tap
     why = () if allow_pause else ("device-state takes --allow pause",)
     return replace(tap, unread=(*why, *tap.unread, *((str(busy),) if busy else ())))
 
 
-def read(tap: Tap, source: Source | None, *, qmp: str | None, allow_pause: bool) -> Tap:
+def read(tap: Tap, source: Source | None, *, qmp: str | None, allow_pause: bool, patience_s: float) -> Tap:
     """The tap with what its guest asks for, by one source.  Raises QsteerError."""
     if source is Source.DEVICE_STATE:
         if not allow_pause:
             raise UnsupportedError(
                 f'device-state stops the VM behind tap "{tap.name}" for a moment', hint="--allow pause, if it may"
             )
-        return replace(tap, reading=_device_state(tap, qmp))
+        return replace(tap, reading=_device_state(tap, qmp, patience_s))
     tap = _with_nic(tap, qmp, with_mac=True)
     return replace(tap, reading=_guest_agent(tap))
 
 
-def _first_that_answers(tap: Tap, sources: Sequence[Source], qmp: str | None) -> tuple[Tap, BusyError | None]:
+def _first_that_answers(
+    tap: Tap, sources: Sequence[Source], qmp: str | None, patience_s: float
+) -> tuple[Tap, BusyError | None]:
     """The tap with the first reading there is; else why there is none, and what may go better a moment later."""
     busy: BusyError | None = None
     for source in sources:
         try:
-            return read(tap, source, qmp=qmp, allow_pause=True), None
+            return read(tap, source, qmp=qmp, allow_pause=True, patience_s=patience_s), None
         except BusyError as error:
             busy = busy or error
         except QsteerError as error:
@@ -74,10 +79,10 @@ def _first_that_answers(tap: Tap, sources: Sequence[Source], qmp: str | None) ->
     return tap, busy
 
 
-def _device_state(tap: Tap, qmp: str | None) -> Reading:
+def _device_state(tap: Tap, qmp: str | None, patience_s: float) -> Reading:
     from qsteer import savestate
 
-    return _over_qmp(tap, qmp, lambda path, process: savestate.reading(path, process, tap))
+    return _over_qmp(tap, qmp, lambda path, process: savestate.reading(path, process, tap, patience_s=patience_s))
 
 
 def _guest_agent(tap: Tap) -> Reading:
@@ -133,12 +138,12 @@ def _over_qmp(tap: Tap, qmp: str | None, ask: Callable[[str, Process], _Answer])
     process = _process(tap)
     paths = (peer.OwnPath(qmp),) if qmp else process.args.qmp_paths if process.args else ()
     monitor = tap.domain.monitor if tap.domain else None
+    # Who can write a command line can write a thousand paths on it, each of which takes its time.
+    paths = tuple(path for path in dict.fromkeys(paths) if path != monitor)[:_PATHS_MAX]
     failure: QsteerError = UnsupportedError(
         f'the QEMU behind tap "{tap.name}" has no QMP socket to ask', hint="-qmp unix:PATH,server=on,wait=off"
     )
     for path in paths:
-        if path == monitor:
-            continue
         try:
             return ask(path, process)
         except (BusyError, NotFoundError) as error:

@@ -35,7 +35,7 @@ from pathlib import Path
 from qsteer import devicestate, pauses, qmp, qmpvm
 from qsteer.errors import BusyError, QsteerError, UnsupportedError, from_errno, printable
 from qsteer.model import Process, Reading, Source, Tap
-from qsteer.qmp import Monitor
+from qsteer.qmp import Monitor, member
 
 STATE_MAX = 64 << 20
 """Longest device state, in bytes, that is read; a small VM's is 0.1 MB, one with a large virtio-gpu takes several."""
@@ -59,12 +59,14 @@ class DeviceState:
     paused_ms: float
 
 
-def reading(path: str, process: Process, tap: Tap, *, interval_s: float = pauses.INTERVAL_S) -> Reading:
+def reading(
+    path: str, process: Process, tap: Tap, *, interval_s: float = pauses.INTERVAL_S, patience_s: float = 0.0
+) -> Reading:
     """What the guest asks of the NIC behind ``tap``, by the QEMU ``process`` at its QMP socket ``path``.
 
-    Stops the VM for some milliseconds, and not more often than ``pauses`` allows.  Raises NotFoundError if QEMU
-    does not tell which NIC it is, BusyError if the VM does not run, is busy, or was stopped a moment ago,
-    UnsupportedError where this cannot be done, QsteerError otherwise.
+    Stops the VM for some milliseconds, and not more often than ``pauses`` allows; waits up to ``patience_s`` for its
+    turn there.  Raises NotFoundError if QEMU does not tell which NIC it is, BusyError if the VM does not run, is busy,
+    or was stopped a moment ago, UnsupportedError where this cannot be done, QsteerError otherwise.
     """
     _refuse_leases(tap)
 
@@ -79,7 +81,7 @@ def reading(path: str, process: Process, tap: Tap, *, interval_s: float = pauses
         config = devicestate.parse(state.data, nic.device)
         return Reading(source=Source.DEVICE_STATE, config=config, paused_ms=state.paused_ms)
 
-    with pauses.turn(process, interval_s=interval_s) as stamp:
+    with pauses.turn(process, interval_s=interval_s, patience_s=patience_s) as stamp:
         return qmp.converse(path, process, exchange, exchange_timeout_s=_TIMEOUT_S)
 
 
@@ -138,10 +140,10 @@ async def _save(monitor: Monitor, stamp: Callable[[float], None]) -> DeviceState
 
 async def _check_calm(monitor: Monitor) -> None:
     """Raises BusyError unless the VM runs and nothing is under way that a stop could disturb."""
-    status = _member(await monitor.ask("query-status"), "status")
+    status = member(await monitor.ask("query-status"), "status")
     if status != "running":
         raise BusyError(f"the VM is not running ({_shown(status)})", hint="its device state is read only while it runs")
-    migration = _member(await monitor.ask("query-migrate"), "status")
+    migration = member(await monitor.ask("query-migrate"), "status")
     if migration not in _MIGRATION_ENDED:
         raise BusyError(f"a migration of the VM is under way ({_shown(migration)})")
     for query in ("query-jobs", "query-block-jobs"):
@@ -149,9 +151,9 @@ async def _check_calm(monitor: Monitor) -> None:
             jobs = await monitor.ask(query)
         except UnsupportedError:
             continue
-        under_way = [job for job in jobs if _member(job, "status") not in _JOB_ENDED] if isinstance(jobs, list) else ()
+        under_way = [job for job in jobs if member(job, "status") not in _JOB_ENDED] if isinstance(jobs, list) else ()
         if under_way:
-            kind = _shown(_member(under_way[0], "type"))
+            kind = _shown(member(under_way[0], "type"))
             raise BusyError(f"a job of the VM is under way ({kind})", hint="wait until it has ended")
 
 
@@ -159,9 +161,9 @@ async def _take_back(monitor: Monitor) -> None:
     """Have QEMU close what qsteer gave it for a reading, this one or one that did not come to its end."""
     fdsets = await monitor.ask("query-fdsets")
     for fdset in fdsets if isinstance(fdsets, list) else ():
-        fds = _member(fdset, "fds")
-        if isinstance(fds, list) and fds and all(_member(fd, "opaque") == _MARK for fd in fds):
-            await monitor.ask("remove-fd", {"fdset-id": _member(fdset, "fdset-id")})
+        fds = member(fdset, "fds")
+        if isinstance(fds, list) and fds and all(member(fd, "opaque") == _MARK for fd in fds):
+            await monitor.ask("remove-fd", {"fdset-id": member(fdset, "fdset-id")})
 
 
 async def _stop_and_write(monitor: Monitor, file: str) -> float:
@@ -190,7 +192,7 @@ async def _stop_and_write(monitor: Monitor, file: str) -> float:
 
 async def _let_run(monitor: Monitor) -> None:
     """Undo the stop of a saving that did not come to its end; any other pause is somebody's will."""
-    if _member(await monitor.ask("query-status"), "status") == "save-vm":
+    if member(await monitor.ask("query-status"), "status") == "save-vm":
         await monitor.ask("cont")
 
 
@@ -208,10 +210,6 @@ def _content(memory: int) -> bytes:
     if size > STATE_MAX:
         raise UnsupportedError(f"the device state has {size >> 20} MiB, more than {STATE_MAX >> 20}")
     return os.pread(memory, size, 0)
-
-
-def _member(answer: object, name: str) -> object:
-    return answer.get(name) if isinstance(answer, dict) else None
 
 
 def _shown(word: object) -> str:

@@ -95,6 +95,7 @@ int qs_fds_send(int sock, const int *fds, size_t count);
 int qs_fds_receive(int sock, int *fds, size_t count);
 int qs_capabilities_drop(void);
 int qs_capabilities_effective(uint64_t *set);
+int qs_lock_writer(int fd, int *pid);
 int qs_bpffs_mount(const char *path);
 int qs_program_load(const char *object, const struct qs_ident *ident, int bodies_fd, const int *map_fds,
                     struct qs_program *program);

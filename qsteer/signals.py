@@ -261,7 +261,7 @@ class Signals:
         try:
             uevents = Uevents(pid)
         except QsteerError as error:
-            self._say_once(f"{error}; changes there are seen within {self._interval_s} s")
+            log.info("%s; changes there are seen within %s s", error, self._interval_s)
             return
         self._uevents[namespace] = uevents
         self._hints.register(uevents, select.EPOLLIN)

@@ -6,8 +6,6 @@ import enum
 from qsteer.model import Kind, ProgramInfo, Reading, Source, Tap
 from qsteer.rss import RssConfig
 
-_READ = {Source.DEVICE_STATE, Source.GUEST_AGENT}
-
 
 class Agrees(enum.StrEnum):
     """Whether packets go where the guest asks for; ``NOTHING_ASKED``: the guest is not offered RSS."""
@@ -89,8 +87,13 @@ def agrees(tap: Tap) -> Agrees:
 
 def _moved_by_qemu(tap: Tap) -> bool:
     """Whether QEMU moves every packet to where the guest wants it, and nothing of qsteer's means to save it that."""
-    ident = tap.program.ident if tap.program else None
-    return tap.steered_in_software and not (ident and ident.source in _READ)
+    return tap.steered_in_software and not _was_asked(tap)
+
+
+def _was_asked(tap: Tap) -> bool:
+    """Whether what is attached is what the guest said when it was asked."""
+    source = tap.program.ident.source if tap.program and tap.program.ident else None
+    return source is not None and source.is_asked
 
 
 def _agrees_with(tap: Tap, reading: Reading) -> Agrees:
@@ -99,8 +102,7 @@ def _agrees_with(tap: Tap, reading: Reading) -> Agrees:
     if reading.config:
         return _same(tap, reading.config, exact_types=reading.exact_types)
     # It asks for nothing: what the operator attached is as good as the kernel's automq, what it once asked for is not.
-    ident = tap.program.ident if tap.program else None
-    return Agrees.NO if ident and ident.source in _READ else Agrees.YES
+    return Agrees.NO if _was_asked(tap) else Agrees.YES
 
 
 def _same(tap: Tap, asked: RssConfig, *, exact_types: bool) -> Agrees:

@@ -26,8 +26,6 @@ from qsteer.model import Kind, Nic, Reading, Source, Tap
 from qsteer.plan import Attach, Plan, Static, Wanted, readings_wanted
 from qsteer.rss import RssConfig
 
-READ = frozenset({Source.DEVICE_STATE, Source.GUEST_AGENT})
-"""The sources that are asked, and do not tell by themselves when the guest changes something."""
 _MAPS = frozenset({Source.SHARED_MAPS, Source.QEMU_MAPS})
 
 
@@ -70,7 +68,7 @@ def remember(memory: Memory, tap: Tap, wanted: Wanted) -> Memory:
         return replace(memory, program_id=program.id, static=None, reading=None)
     if not config:
         return memory
-    if source in READ:
+    if source and source.is_asked:
         return replace(memory, program_id=program.id, static=None, reading=Reading(source=source, config=config))
     return replace(memory, program_id=program.id, static=config, reading=None)
 
@@ -111,7 +109,7 @@ def decide(memory: Memory, tap: Tap, wanted: Wanted) -> Decision:
     if explicit and not memory.settled:
         return _with_reading(memory, tap, wanted)
     source = program.ident.source if program.ident else None
-    if source in READ:
+    if source and source.is_asked:
         return _with_reading(memory, tap, _from(source, tap, wanted))
     if tap.body_present:
         return Decision()

@@ -10,10 +10,14 @@ from dataclasses import replace
 from qsteer import inventory, options, readings, render
 from qsteer.errors import PermissionDeniedError, QsteerError, UsageError, printable
 from qsteer.model import Inventory, Source, Tap
-from qsteer.plan import Plan, plan_apply, plan_off
+from qsteer.plan import Plan, Wanted, plan_apply, plan_off
 from qsteer.selection import select
 from qsteer.state import Agrees, agrees, broken
 
+_Place = tuple[int, int, tuple[int, int] | None]
+
+PATIENCE_S = 5.0
+"""How long ``status`` and ``show`` wait for a VM that was stopped a moment ago."""
 DIFFERENCE = 7
 """The exit code of ``status --check`` where a guest does not get what it asks for."""
 
@@ -33,7 +37,7 @@ def status(given: argparse.Namespace) -> int:
 
 
 def _checked(given: argparse.Namespace, tap: Tap) -> Tap:
-    return readings.check(tap, qmp=given.qmp, allow_pause=options.may_pause(given))
+    return readings.check(tap, qmp=given.qmp, allow_pause=options.may_pause(given), patience_s=PATIENCE_S)
 
 
 def _differs(tap: Tap) -> bool:
@@ -47,8 +51,8 @@ def show(given: argparse.Namespace) -> int:
     if given.source:
         if not options.selection(given, required=False):
             raise UsageError("whose configuration?", hint="--vm NAME, --pid PID or --dev TAP")
-        allow_pause = options.may_pause(given)
-        taps = tuple(readings.read(tap, Source(given.source), qmp=given.qmp, allow_pause=allow_pause) for tap in taps)
+        how = {"qmp": given.qmp, "allow_pause": options.may_pause(given), "patience_s": PATIENCE_S}
+        taps = tuple(readings.read(tap, Source(given.source), **how) for tap in taps)
     if given.json:
         documents = [render.show_json(tap) for tap in taps]
         print(render.document("qsteer.show/1", documents, pretty=given.pretty))
@@ -65,18 +69,41 @@ def apply(given: argparse.Namespace) -> int:
     """Steer what is selected."""
     wanted = options.wanted(given)
 
+    answers = _ask(given, wanted)
+
     def make_plan(tap: Tap) -> Plan:
-        return plan_apply(readings.complete(tap, wanted, qmp=given.qmp), wanted)
+        answer = answers.get(_place(tap), tap)
+        if isinstance(answer, QsteerError):
+            raise answer
+        told = replace(tap, nic=tap.nic or answer.nic, reading=answer.reading, unread=answer.unread)
+        return plan_apply(told, wanted)
 
     return _change(given, "qsteer.apply/1", make_plan)
 
 
+def _ask(given: argparse.Namespace, wanted: Wanted) -> dict[_Place, Tap | QsteerError]:
+    """What the guests say, or why they do not: a guest that takes its time must not keep others from the lock."""
+    answers: dict[_Place, Tap | QsteerError] = {}
+    for tap in select(inventory.fetch(strict=True), options.selection(given, required=True)):
+        try:
+            answers[_place(tap)] = readings.complete(tap, wanted, qmp=given.qmp, patience_s=given.timeout)
+        except QsteerError as error:
+            answers[_place(tap)] = error
+    return answers
+
+
+def _place(tap: Tap) -> _Place:
+    """A tap of one process."""
+    return tap.netns, tap.ifindex, (tap.holder.pid, tap.holder.started) if tap.holder else None
+
+
 def off(given: argparse.Namespace) -> int:
     """Stop steering what is selected."""
+    expect = options.expected(given)
     return _change(
         given,
         "qsteer.off/1",
-        lambda tap: plan_off(tap, replace_foreign=given.replace, expect=given.expect),
+        lambda tap: plan_off(tap, replace_foreign=given.replace, expect=expect),
     )
 
 

@@ -296,12 +296,13 @@ def _side(side: Attached | Queues | MapsContent | None) -> Json | None:
 
 
 def choose(
-    taps: Iterable[Tap], selection: Selection, known: Collection[Who]
+    taps: Iterable[Tap], selection: Selection, known: Collection[Who], *, own_netns: int
 ) -> tuple[tuple[Tap, ...], tuple[str, ...]]:
     """The taps that a daemon cares for, and what it has to say about those that it does not.
 
-    Anybody may give a process of their own any name.  So a name of several VMs means the one that is ``known`` already,
-    or that libvirt knows by that name, and none where there is no such one.
+    Anybody may give a process or a tap of their own any name, and be there first.  So a name of several means the one
+    that libvirt knows by it, or the tap of qsteer's own network namespace; else the one that is ``known`` already, and
+    none where there is no such one.
     """
     found = [tap for tap in taps if selection.matches(tap) and not tap.unheld]
     doubts = []
@@ -310,8 +311,8 @@ def choose(
         named = [tap for tap in found if one.matches(tap)]
         if len({_owner(tap, by_tap) for tap in named}) < 2:
             continue
-        firm = {_owner(tap, by_tap) for tap in named if who(tap) in known}
-        firm = firm or {_owner(tap, by_tap) for tap in named if tap.domain}
+        vouched = [tap for tap in named if (tap.netns == own_netns if by_tap else tap.domain)]
+        firm = {_owner(tap, by_tap) for tap in vouched or named if vouched or who(tap) in known}
         left = [tap for tap in named if len(firm) != 1 or _owner(tap, by_tap) not in firm]
         found = [tap for tap in found if tap not in left]
         candidates = sorted({f"{tap.name} of pid {tap.holder.pid if tap.holder else '?'}" for tap in left})

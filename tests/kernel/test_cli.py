@@ -176,6 +176,8 @@ BAD = {
     "JSON of a run": (("run", "-j", "--tap", "id=net0,queues=4", "--", "true"), 2, "dry run"),
     "static by the guest's maps": (("apply", "--dev", "qs-tap", "--source", "shared-maps", "--equal", "2"), 2, "guest"),
     "maps that are not there": (("apply", "--dev", "qs-tap", "--source", "shared-maps"), 5, "shared-maps"),
+    "a revision that is none": (("apply", "--dev", "qs-tap", "--expect", "zzz"), 2, "zzz"),
+    "a revision that is none, for off": (("off", "--dev", "qs-tap", "--expect", "zzz"), 2, "zzz"),
     "timeout": (("apply", "--dev", "qs-tap", "--timeout", "soon"), 2, "soon"),
     "run without a command": (("run", "--tap", "id=net0,queues=4"), 2, "QEMU"),
 }

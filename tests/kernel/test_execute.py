@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -327,3 +328,34 @@ def test_another_version_is_outdated(steered: int, monkeypatch: pytest.MonkeyPat
     assert not outdated()
     monkeypatch.setattr(programs, "__version__", "0.0.9")
     assert outdated()
+
+
+@pytest.mark.parametrize("change", ["apply", "off"])
+def test_what_is_attached_while_a_program_is_loaded_stays(
+    change: str, steered: int, tap: support.TapUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one is not qsteer's, and nobody said --replace."""
+    plan = plan_apply(seen(), STATIC) if change == "apply" else plan_off(seen())
+    load, put = programs.load_program, holds.put
+    foreign = support.foreign_program(3)
+
+    def attach_another() -> None:
+        kernel.attach(tap.open.fds[0], foreign)
+
+    def load_slowly(**wanted: Any) -> programs.Program:
+        attach_another()
+        return load(**wanted)
+
+    def put_slowly(hold: holds.Hold, *, netns: int, ifindex: int) -> None:
+        attach_another()
+        put(hold, netns=netns, ifindex=ifindex)
+
+    monkeypatch.setattr(programs, "load_program", load_slowly)
+    monkeypatch.setattr(holds, "put", put_slowly)
+    try:
+        with pytest.raises(BusyError, match="changed meanwhile"):
+            execute.execute(plan)
+        assert seen().program_id == programs.program_info_of(foreign).id
+        assert not seen().hold
+    finally:
+        os.close(foreign)

@@ -99,6 +99,44 @@ def test_capabilities_are_given_up() -> None:
     assert shim.effective_capabilities() != 0
 
 
+def test_copies_of_a_queue_are_not_reported_one_by_one(tap: support.TapUnderTest) -> None:
+    """Whoever has a queue can have it under any number of fds, in any order."""
+    copies = [os.dup(fd) for _ in range(100) for fd in tap.open.fds]
+    sleeper = subprocess.Popen(["sleep", "60"], pass_fds=(*tap.open.fds, *copies))
+    try:
+        for _ in range(2):  # nothing of one run is left for the next
+            records = kernel._read_queues(sleeper.pid)
+            assert sorted({queue.index for queue in records}) == [0, 1, 2, 3]
+            assert len(records) < 50
+            assert min(queue.fd for queue in records) == min(tap.open.fds)
+            assert len([queue for queue in kernel.open_queues() if queue.pid == sleeper.pid]) == 4
+        # One's own are found by any of their numbers.
+        assert kernel.queue_of(copies[-1]).index == kernel.queue_of(tap.open.fds[-1]).index
+        assert len(kernel._read_queues(os.getpid())) == 404
+    finally:
+        for fd in copies:
+            os.close(fd)
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_more_queues_than_one_read_takes(namespace: str) -> None:
+    """The kernel comes again with the file that its buffer had no room for."""
+    taps = [kernel.open_tap(f"qs-many{number}", 200) for number in range(6)]
+    fds = tuple(fd for opened in taps for fd in opened.fds)
+    sleeper = subprocess.Popen(["sleep", "60"], pass_fds=fds)
+    try:
+        found = kernel.open_queues(sleeper.pid)
+        assert sorted((queue.tap, queue.index) for queue in found) == [
+            (opened.name, index) for opened in taps for index in range(200)
+        ]
+    finally:
+        for opened in taps:
+            opened.close()
+        sleeper.kill()
+        sleeper.wait()
+
+
 def test_a_queue_seen_once_for_each_process(tap: support.TapUnderTest) -> None:
     """dup shows one open file many times; fork gives it to another process, which may be the VM."""
     copy = os.dup(tap.open.fds[0])

@@ -192,7 +192,8 @@ def test_what_a_qemu_has_open_may_be_hidden(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(procs, "running_qemus", lambda: tuple(made.process(pid=pid) for pid in range(1, 10)))
     monkeypatch.setattr(procs, "open_files", lambda pid: files(seen=False))
     (note,) = inventory.fetch().notes
-    assert note == ("what process 1, 2, 3, 4, 5 and 4 more has open cannot be seen: it takes CAP_SYS_PTRACE; try sudo")
+    seen = "what process 1, 2, 3, 4, 5 and 4 more has open cannot be seen"
+    assert note == f"{seen}: it takes CAP_SYS_PTRACE, and 65536 files at most"
 
 
 def test_several() -> None:

@@ -20,7 +20,7 @@ from qsteer.asking import Askers
 from qsteer.errors import BusyError, ConflictError, NotFoundError, PermissionDeniedError, QsteerError
 from qsteer.keeper import Keeper
 from qsteer.model import Inventory, Kind, MapsContent, Reading, Source, Tap
-from qsteer.notify import Journal, Priority, Service
+from qsteer.notify import Journal, Priority, Service, write_line
 from qsteer.plan import Attach, AttachHeld, Detach, Plan, RefillBody, Static, Wanted, plan_apply
 from qsteer.rss import RssConfig
 from qsteer.selection import Selection
@@ -648,11 +648,44 @@ def test_a_guest_is_asked_and_followed(keep: Make) -> None:
     kept.host.now += 5
     kept.host.take_off()
     assert kept.settle()[-1] == f"{WHO}program 104 -> none: taken off, the guest asks for no RSS, source device-state"
-    # Without a signal it is asked again when it is time to.
-    assert kept.keeper.deadline(kept.host.now) == kept.host.now + 60
+    # Without a signal it is asked again: soon, and then less and less often.
+    for pause in (2, 4, 8, 16, 32, 60, 60):
+        assert kept.keeper.deadline(kept.host.now) == kept.host.now + pause
+        kept.guests.answers = [NOT_ASKED]
+        kept.host.now += pause
+        assert kept.settle() == []
     kept.guests.answers = [ASKED]
     kept.host.now += 60
     assert kept.settle() == [f"{WHO}program none -> 105: as the guest asks now, source device-state"]
+
+
+def test_a_guest_that_changes_its_mind_is_no_fight(keep: Make) -> None:
+    kept = keep(tap(nic=RSS_VHOST_NIC), wanted=PAUSE)
+    kept.guests.answers = [ASKED]
+    kept.settle()
+    for number in range(20):
+        kept.guests.answers = [replace(ASKED, config=OTHER if number % 2 else CONFIG)]
+        kept.host.now += 2
+        kept.host.take_off()
+        kept.settle()
+        assert kept.host.taps["vnet0"].program_id
+    told: list[str] = []
+    for _ in range(80):
+        kept.guests.answers = [ASKED]
+        kept.host.now += 0.5
+        if kept.host.taps["vnet0"].program_id:
+            kept.host.take_off()
+        told += kept.settle()
+    assert sum("this is a fight" in line for line in told) >= 1, "as often as that is too often"
+
+
+def test_one_question_at_a_time_for_each_vm(keep: Make) -> None:
+    """A QEMU that hangs does not take all who ask."""
+    mine = [tap(name=f"vnet{number}", ifindex=10 + number, nic=RSS_VHOST_NIC) for number in range(5)]
+    kept = keep(*mine, wanted=PAUSE)
+    kept.keeper.look(kept.host.inventory(), kept.host.now)
+    kept.keeper.turn(kept.host.now)
+    assert len(kept.keeper._askers._open) == 1
 
 
 def test_a_guest_that_does_not_answer_holds_nobody_up(keep: Make) -> None:
@@ -833,7 +866,7 @@ def test_answers_come_as_they_are_there() -> None:
         askers.ask(name, tap(name=name), AUTO)
     answers = dict(wait_for(askers, 2))
     assert isinstance(answers["broken"], QsteerError) and "a bug" in str(answers["broken"])
-    assert isinstance(answers["quick"], Tap) and askers.asking("slow") and askers.busy
+    assert isinstance(answers["quick"], Tap) and askers.busy
     first_may_go.set()
     assert [name for name, _ in wait_for(askers, 1)] == ["slow"]
     assert not askers.busy
@@ -1185,6 +1218,16 @@ def test_a_service_manager_that_is_not_there(address: str) -> None:
     service = Service({"NOTIFY_SOCKET": address})
     service.ready("fine")
     service.alive()
+
+
+def test_a_reader_that_is_slow_is_not_waited_for() -> None:
+    reader, writer = os.pipe()
+    for _ in range(100):
+        write_line("x" * 1000, writer)
+    assert os.read(reader, 1001) == b"x" * 1000 + b"\n"
+    os.close(reader)
+    write_line("to nobody", writer)
+    os.close(writer)
 
 
 def test_a_journal_gets_priorities(monkeypatch: pytest.MonkeyPatch) -> None:

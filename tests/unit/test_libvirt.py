@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """libvirt's status files: real in shape (9.0), stale, half-written, and of a user's own making."""
 
+import fcntl
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qsteer import libvirt, procs
-from qsteer.model import Interface, Process
+from qsteer.model import Domain, Interface, Process
 
 UUID = "11111111-2222-4333-8444-555555555555"
 
@@ -250,11 +253,17 @@ def vm(tmp_path: Path) -> Iterator[Process]:
         yield process
 
 
-def names_in(directory: Path, *processes: Process, mount: int | None = None, owner: int | None = None) -> list[str]:
+def names_in(
+    directory: Path,
+    *processes: Process,
+    mount: int | None = None,
+    owner: int | None = None,
+    limits: libvirt.Limits = libvirt.SESSION_LIMITS,
+) -> list[str]:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         by_pid = {process.pid: process for process in processes}
-        found = libvirt.domains_in(fd, os.getuid() if owner is None else owner, mount, by_pid)
+        found = libvirt.domains_in(fd, os.getuid() if owner is None else owner, mount, by_pid, limits)
         assert all(domain.pid == pid for pid, domain in found.items())
         return [domain.name for domain in found.values()]
     finally:
@@ -326,6 +335,70 @@ def test_one_bad_file_does_not_hide_the_others(tmp_path: Path, vm: Process) -> N
     (tmp_path / "zz.xml").mkdir()
     (tmp_path / f"{'n' * 200}\n.xml").write_text("")
     assert names_in(tmp_path, vm) == ["web1"]
+
+
+@pytest.mark.parametrize("name", ["web1.xml", "other.pid"])
+def test_a_lease_is_not_waited_for(tmp_path: Path, vm: Process, name: str) -> None:
+    """Its holder can keep whoever opens the file waiting for 45 s."""
+    (tmp_path / "other.xml").write_text("")
+    (tmp_path / name).touch()
+    handler = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    fd = os.open(tmp_path / name, os.O_RDONLY)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        began = time.monotonic()
+        assert names_in(tmp_path, vm) == ([] if name == "web1.xml" else ["web1"])
+        assert time.monotonic() - began < 1
+    finally:
+        os.close(fd)
+        signal.signal(signal.SIGIO, handler)
+    assert names_in(tmp_path, vm) == ["web1"]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the files that are parsed from now on."""
+    sizes: list[int] = []
+    parse = libvirt.parse
+
+    def counting(data: bytes) -> Domain | None:
+        sizes.append(len(data))
+        return parse(data)
+
+    monkeypatch.setattr(libvirt, "parse", counting)
+    return sizes
+
+
+def test_a_file_of_many_names_is_read_once(tmp_path: Path, vm: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "web1.xml").write_text("<")
+    for number in range(50):
+        (tmp_path / f"n{number}.pid").hardlink_to(tmp_path / "web1.pid")
+        (tmp_path / f"n{number}.xml").hardlink_to(tmp_path / "web1.xml")
+    parsed = counted(monkeypatch)
+    assert names_in(tmp_path, vm) == []
+    assert parsed == [1]
+
+
+def test_the_first_domain_of_a_process_counts(tmp_path: Path, vm: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "web2.pid").hardlink_to(tmp_path / "web1.pid")
+    (tmp_path / "web2.xml").write_text(small(name="web2", pid=vm.pid))
+    parsed = counted(monkeypatch)
+    assert names_in(tmp_path, vm) == ["web1"]
+    assert len(parsed) == 1
+
+
+def test_the_bytes_of_a_directory_are_bounded(tmp_path: Path, vm: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a1", "a2", "a3"):
+        (tmp_path / f"{name}.pid").hardlink_to(tmp_path / "web1.pid")
+        (tmp_path / f"{name}.xml").write_text("<" * 1000)
+    parsed = counted(monkeypatch)
+    assert names_in(tmp_path, vm, limits=libvirt.Limits(files=9, bytes=2500)) == ["web1"]
+    assert parsed == [1000, 1000, (tmp_path / "web1.xml").stat().st_size]
+
+
+def test_the_files_of_a_directory_are_bounded(tmp_path: Path, vm: Process) -> None:
+    (tmp_path / "a.xml").write_text("")
+    assert names_in(tmp_path, vm, limits=libvirt.Limits(files=2, bytes=9999)) == ["web1"]
+    assert names_in(tmp_path, vm, limits=libvirt.Limits(files=1, bytes=9999)) == []
 
 
 def test_no_libvirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vm: Process) -> None:

@@ -339,6 +339,15 @@ def test_a_foreign_program_stays_whatever_was_read() -> None:
     assert isinstance(step, Attach) and step.displaced == QEMUS.id
 
 
+def test_a_table_that_qemu_undoes_gives_way_to_the_guests_own() -> None:
+    undone = tap(nic=RSS_NIC, program=OWN_STATIC)
+    assert readings_wanted(undone, Wanted()) == (Source.GUEST_AGENT,)
+    made = plan_apply(replace(undone, reading=READ), Wanted())
+    assert (made.result, made.source) == ("replaced", Source.DEVICE_STATE)
+    made = plan_apply(undone, Wanted())
+    assert made.result == "unchanged" and "undoes it" in made.notes[0]
+
+
 def test_why_a_guest_could_not_be_asked() -> None:
     with pytest.raises(UnsupportedError, match="--allow pause; no agent") as caught:
         plan_apply(tap(nic=RSS_VHOST_NIC, unread=("no agent",)), Wanted())

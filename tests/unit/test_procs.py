@@ -96,6 +96,28 @@ def test_files_are_told_by_name(tmp_path: Path) -> None:
     assert found.vhost_net and found.seen
 
 
+def test_the_files_looked_at_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may have as many fds of one file as it likes; the rest is told as not seen."""
+    copies = [os.dup(0) for _ in range(40)]
+    try:
+        count = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 (this has one of its own, as open_files has)
+        monkeypatch.setattr(procs, "FDS_MAX", count)
+        assert procs.open_files(os.getpid()).seen
+        asked: list[str] = []
+
+        def readlink(path: str) -> str:
+            asked.append(path)
+            return ""
+
+        monkeypatch.setattr(os, "readlink", readlink)
+        monkeypatch.setattr(procs, "FDS_MAX", 20)
+        assert not procs.open_files(os.getpid()).seen
+        assert len(asked) == 20
+    finally:
+        for fd in copies:
+            os.close(fd)
+
+
 @pytest.mark.root
 def test_files_that_may_not_be_seen() -> None:
     script = f"from qsteer import procs; print(procs.open_files({os.getpid()}).seen)"

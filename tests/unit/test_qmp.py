@@ -11,13 +11,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from qsteer import qmp
+from qsteer import procs, qmp, qmpclient
 from qsteer.errors import BusyError, PermissionDeniedError, QsteerError, UnsupportedError
+from tests.unit.qemus import FakeQemu, HangUp
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""}, "capabilities": []}}
 PROPERTIES = [{"name": "mq", "type": "bool"}, {"name": "vectors", "type": "uint32", "description": "x"}, {"name": 7}, 8]
@@ -237,8 +239,9 @@ def test_execute_while_another_client_holds_the_monitor(tmp_path: Path, monitor:
     with socket.socket(socket.AF_UNIX) as other:
         other.connect(path)
         other.recv(1)
-        with pytest.raises(BusyError, match=r"does not answer within 0\.2 s"):
+        with pytest.raises(BusyError, match=r"does not answer within 0\.2 s") as caught:
             qmp.execute(path, "do", timeout_s=0.2)
+    assert "another client" in caught.value.hint and "no QMP socket" in caught.value.hint
     assert monitor.is_alive()
 
 
@@ -279,3 +282,137 @@ def test_a_monitor_that_breaks_off(tmp_path: Path, said: bytes, caplog: pytest.L
         server.join()
     gc.collect()
     assert not [record for record in caplog.records if record.name.startswith("asyncio")]
+
+
+STOP = b'{"event":"STOP","timestamp":{"seconds":1,"microseconds":0}}\n'
+
+
+class Flood(FakeQemu):
+    """Sends one thing again and again, once it is asked to do something."""
+
+    def __init__(self, path: Path, said: bytes) -> None:
+        super().__init__(path, {"do": self.flood})
+        self.said_again = said
+        self.ended = threading.Event()
+
+    def _serve(self, client: socket.socket) -> None:
+        self.client = client
+        super()._serve(client)
+
+    def flood(self, _: Mapping[str, object]) -> object:
+        with contextlib.suppress(OSError):
+            while not self.ended.is_set():
+                self.client.sendall(self.said_again)
+        raise HangUp
+
+
+@pytest.fixture
+def flood(tmp_path: Path) -> Iterator[Callable[[bytes], str]]:
+    floods: list[Flood] = []
+
+    def start(said: bytes) -> str:
+        path = tmp_path / f"flood{len(floods)}"
+        floods.append(Flood(path, said))
+        floods[-1].start()
+        return str(path)
+
+    yield start
+    for started in floods:
+        started.ended.set()
+        started.close()
+
+
+@pytest.mark.parametrize("said", [STOP * 64, b'{"return":{},"id":"x"}\n' * 64, b'{"event":"' + b"x" * 5000 + b'"}\n'])
+def test_a_flood(
+    flood: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch, said: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ends a session after so many bytes, and nothing of it is kept."""
+    caplog.set_level("CRITICAL", "qemu.qmp")  # pytest would keep what is logged
+    monkeypatch.setattr(qmpclient, "SESSION_MAX", 200_000)
+    monkeypatch.setattr(qmpclient, "MESSAGE_MAX", 10_000)
+    path = flood(said)
+    me = procs.read(os.getpid())
+    assert me
+    qmp.failures()  # imported, so that it does not count
+    tracemalloc.start()
+    try:
+        with pytest.raises(QsteerError) as caught:
+            qmp.converse(path, me, lambda monitor: monitor.ask_and_hear("do", {}, ("STOP",)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert str(caught.value) == f'QEMU at "{path}" sends more than 200000 bytes'
+    assert peak < 1_500_000
+
+
+def test_a_message_without_an_end(flood: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmpclient, "MESSAGE_MAX", 100_000)
+    path = flood(b"x" * 5000)
+    with pytest.raises(QsteerError) as caught:
+        qmp.execute(path, "do")
+    assert str(caught.value) == f"QEMU at {path} sends a message of more than 100000 bytes"
+
+
+def test_a_greeting_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmpclient, "MESSAGE_MAX", 100_000)
+    prelude = (
+        "os.dup2(os.open(os.devnull, os.O_WRONLY), 2); monitor.write('x' * 150000); monitor.flush(); time.sleep(60)"
+    )
+    with pytest.raises(UnsupportedError, match="does not run as QEMU: it sends a message of more than 100000 bytes"):
+        qmp.probe(fake_qemu(tmp_path, prelude), drivers=())
+
+
+def test_a_flood_does_not_outlast_the_time(
+    flood: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even with messages so short that what is read at once holds tens of thousands."""
+    caplog.set_level("CRITICAL", "qemu.qmp")
+    monkeypatch.setattr(qmpclient, "SESSION_MAX", 1 << 40)
+    path = flood(b"{}\n" * 100_000)
+    began = time.monotonic()
+    with pytest.raises(BusyError, match="does not answer"):
+        qmp.execute(path, "do", timeout_s=0.3)
+    assert time.monotonic() - began < 0.9
+
+
+def test_greeting_late_leaves_no_more_time(tmp_path: Path) -> None:
+    """Connecting, greeting and answering have one time together."""
+
+    class Late(FakeQemu):
+        def _serve(self, client: socket.socket) -> None:
+            time.sleep(0.4)
+            super()._serve(client)
+
+    late = Late(tmp_path / "qmp", {"do": lambda _: time.sleep(0.4)})
+    late.start()
+    try:
+        began = time.monotonic()
+        with pytest.raises(BusyError, match="does not answer"):
+            qmp.execute(str(tmp_path / "qmp"), "do", timeout_s=0.6)
+        assert time.monotonic() - began < 0.75
+    finally:
+        late.close()
+
+
+def test_a_qemu_that_does_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has not taken does not hold us."""
+    monkeypatch.setattr(qmp, "_DISCONNECT_TIMEOUT_S", 0.2)
+    done = threading.Event()
+
+    class Deaf(FakeQemu):
+        def _serve(self, client: socket.socket) -> None:
+            self._send(client, self.greeting)
+            client.recv(4096)
+            self._send(client, {"return": {}})
+            done.wait(5)
+
+    deaf = Deaf(tmp_path / "qmp", {})
+    deaf.start()
+    try:
+        began = time.monotonic()
+        with pytest.raises(BusyError, match="does not answer"):
+            qmp.execute(str(tmp_path / "qmp"), "do", {"much": "x" * (4 << 20)}, timeout_s=0.3)
+        assert time.monotonic() - began < 2
+    finally:
+        done.set()
+        deaf.close()

@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qsteer import holds, pauses, procs, qmpvm, savestate
+from qsteer import holds, pauses, procs, qmp, qmpvm, savestate
 from qsteer.errors import BusyError, NotFoundError, QsteerError, UnsupportedError
 from qsteer.model import Domain, Nic, Process, Tap
 from qsteer.qmpvm import Backend, QmpNic, QmpVm
@@ -131,6 +132,15 @@ def test_a_pause_without_sensible_events(qemu: Qemu, me: Process, events: tuple[
     """How long the answer took is the bound."""
     qemu.answers["xen-save-devices-state"] = with_events(qemu, *events)
     assert 2 <= qemu.read(me).paused_ms < 5000
+
+
+def test_no_more_events_are_kept_than_needed(qemu: Qemu, me: Process) -> None:
+    qemu.answers["do"] = lambda _: qemu.said.extend([{"event": "STOP"}, {"event": "X"}] * 500)
+
+    async def ask(monitor: qmp.Monitor) -> int:
+        return len((await monitor.ask_and_hear("do", {}, ("STOP", "RESUME")))[1])
+
+    assert qmp.converse(qemu.path, me, ask) == 64
 
 
 @pytest.mark.parametrize("timestamp", [None, 7, {}, {"seconds": "1"}, {"seconds": 10**400, "microseconds": 10**400}])
@@ -284,6 +294,63 @@ def test_stamps_of_processes_that_are_gone(me: Process, runtime: Path) -> None:
         assert [path.name for path in (runtime / "pauses").iterdir()] == [f"{me.pid}-{me.started}"]
         with pytest.raises(BusyError, match="being read already"), pauses.turn(me, interval_s=0):
             pass
+
+
+def test_patience(me: Process, runtime: Path) -> None:
+    """The next turn is waited for if it comes in time, and refused at once if it does not."""
+    with pauses.turn(me) as stamp:
+        stamp(0.001)
+        stopped = time.monotonic()
+    with pytest.raises(BusyError, match="was stopped"), pauses.turn(me, interval_s=0.3, patience_s=0.05):
+        pass
+    assert time.monotonic() - stopped < 0.25
+    with pauses.turn(me, interval_s=0.3, patience_s=5):
+        assert 0.29 < time.monotonic() - stopped < 3
+
+
+def test_patience_while_another_reads(me: Process, runtime: Path) -> None:
+    with contextlib.ExitStack() as other:
+        other.enter_context(pauses.turn(me, interval_s=0))
+        began = time.monotonic()
+        with pytest.raises(BusyError, match="being read"), pauses.turn(me, interval_s=0, patience_s=0.1):
+            pass
+        assert 0.1 <= time.monotonic() - began < 2
+        timer = threading.Timer(0.1, other.pop_all().close)
+        timer.start()
+        with pauses.turn(me, interval_s=0, patience_s=10):
+            assert time.monotonic() - began < 5
+        timer.join()
+
+
+def test_a_reading_is_as_patient_as_it_is_told(qemu: Qemu, me: Process) -> None:
+    described(qemu)
+    with pauses.turn(me) as stamp:
+        stamp(0.001)
+    for patience_s, says in ((0.0, "was stopped"), (5.0, "device state")):
+        with pytest.raises(QsteerError, match=says):
+            savestate.reading(qemu.path, me, tap_of_fd(3), interval_s=0.2, patience_s=patience_s)
+
+
+def test_the_folder_is_removed_meanwhile(me: Process, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``qsteer clean`` does with one that is empty: once is no matter, and it is not tried for ever."""
+    real = os.open
+    removed = 0
+
+    def remove_first(path: str | Path, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        nonlocal removed
+        if removed < times and str(path).startswith(str(runtime)):
+            removed += 1
+            (runtime / "pauses").rmdir()
+            runtime.rmdir()
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", remove_first)
+    times = 2
+    with pytest.raises(QsteerError, match="cannot keep"), pauses.turn(me):
+        pass
+    times, removed = 1, 0
+    with pauses.turn(me):
+        assert removed == 1
 
 
 def test_no_place_for_stamps(me: Process, runtime: Path) -> None:

@@ -234,46 +234,50 @@ BY_NAME = Selection(vms=("web1",))
 
 
 def test_a_name_of_two_vms_means_the_one_that_is_known() -> None:
-    assert choose((WEB,), BY_NAME, ()) == ((WEB,), ())
-    both, doubts = choose((WEB, FORGED), BY_NAME, ())
+    assert choose((WEB,), BY_NAME, (), own_netns=1) == ((WEB,), ())
+    both, doubts = choose((WEB, FORGED), BY_NAME, (), own_netns=1)
     assert both == () and "vnet0 of pid 100" in doubts[0] and "tap9 of pid 200" in doubts[0]
-    kept, doubts = choose((WEB, FORGED), BY_NAME, {who(WEB)})
+    kept, doubts = choose((WEB, FORGED), BY_NAME, {who(WEB)}, own_netns=1)
     assert kept == (WEB,) and "tap9 of pid 200" in doubts[0] and "vnet0" not in doubts[0]
     hot_plugged = tap(name="vnet1", ifindex=5)
-    assert choose((WEB, hot_plugged, FORGED), BY_NAME, {who(WEB)})[0] == (WEB, hot_plugged)
-    assert choose((WEB, FORGED), Selection(vms=("web1",), pids=(200,)), ()) == ((FORGED,), ())
-    assert choose((WEB, FORGED), Selection(vms=("web1",), pids=(100, 200)), ()) == ((WEB, FORGED), ())
+    assert choose((WEB, hot_plugged, FORGED), BY_NAME, {who(WEB)}, own_netns=1)[0] == (WEB, hot_plugged)
+    assert choose((WEB, FORGED), Selection(vms=("web1",), pids=(200,)), (), own_netns=1) == ((FORGED,), ())
+    assert choose((WEB, FORGED), Selection(vms=("web1",), pids=(100, 200)), (), own_netns=1) == ((WEB, FORGED), ())
 
 
 def test_a_name_that_libvirt_knows() -> None:
     domain = Domain(name="web1", uuid="u", pid=100, interfaces=(), monitor=None, agent=None)
     known = replace(WEB, domain=domain)
-    kept, doubts = choose((known, FORGED), BY_NAME, ())
+    kept, doubts = choose((known, FORGED), BY_NAME, (), own_netns=1)
     assert kept == (known,) and len(doubts) == 1
+    assert choose((known, FORGED), BY_NAME, {who(FORGED)}, own_netns=1)[0] == (known,), "who was first does not matter"
     again = replace(FORGED, domain=domain)
-    assert choose((known, again), BY_NAME, ())[0] == ()
+    assert choose((known, again), BY_NAME, (), own_netns=1)[0] == ()
 
 
 def test_a_tap_name_of_two_namespaces() -> None:
     there = tap(netns=2, holder=process(200, "db1"))
     by_tap = Selection(taps=("vnet0",))
-    assert choose((WEB, there), by_tap, ())[0] == ()
-    assert choose((WEB, there), by_tap, {who(WEB)})[0] == (WEB,)
-    assert choose((WEB, there), Selection(every=True), ())[0] == (WEB, there)
+    assert choose((WEB, there), by_tap, (), own_netns=3)[0] == ()
+    assert choose((WEB, there), by_tap, {who(WEB)}, own_netns=3)[0] == (WEB,)
+    assert choose((WEB, there), by_tap, {who(there)}, own_netns=1)[0] == (WEB,), (
+        "anybody's namespace may have been first"
+    )
+    assert choose((WEB, there), Selection(every=True), (), own_netns=1)[0] == (WEB, there)
 
 
 def test_what_else_makes_a_name_one() -> None:
     """As for ``apply``: with a VM its NICs' ids are its own, with a network namespace its taps' names are."""
     other = tap(name="vnet1", ifindex=5, holder=process(200, "db1"), queues=(queue(200, "vnet1"),))
-    assert choose((WEB, other), Selection(nics=("net0",)), ())[0] == ()
-    assert choose((WEB, other), Selection(nics=("net0",)), {who(WEB)})[0] == (WEB,)
-    assert choose((WEB, other), Selection(nics=("net0",), vms=("web1", "db1")), ())[0] == (WEB, other)
+    assert choose((WEB, other), Selection(nics=("net0",)), (), own_netns=1)[0] == ()
+    assert choose((WEB, other), Selection(nics=("net0",)), {who(WEB)}, own_netns=1)[0] == (WEB,)
+    assert choose((WEB, other), Selection(nics=("net0",), vms=("web1", "db1")), (), own_netns=1)[0] == (WEB, other)
     there = tap(netns=2, holder=process(200, "db1"))
-    assert choose((WEB, there), Selection(taps=("vnet0",), namespaces=("1", "2")), ())[0] == (WEB, there)
+    assert choose((WEB, there), Selection(taps=("vnet0",), namespaces=("1", "2")), (), own_netns=1)[0] == (WEB, there)
 
 
 def test_a_tap_that_nobody_has_open_is_not_cared_for() -> None:
-    assert choose((tap(unheld=True, holder=None, queues=()),), Selection(taps=("vnet0",)), ()) == ((), ())
+    assert choose((tap(unheld=True, holder=None, queues=()),), Selection(taps=("vnet0",)), (), own_netns=1) == ((), ())
 
 
 def test_what_is_not_there_yet() -> None:
