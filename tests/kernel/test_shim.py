@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """What the C shim does that no other test goes through: fds over sockets, capabilities, taps of a given name."""
 
+import contextlib
 import errno
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -122,19 +124,23 @@ def test_copies_of_a_queue_are_not_reported_one_by_one(tap: support.TapUnderTest
 
 def test_more_queues_than_one_read_takes(namespace: str) -> None:
     """The kernel comes again with the file that its buffer had no room for."""
-    taps = [kernel.open_tap(f"qs-many{number}", 200) for number in range(6)]
-    fds = tuple(fd for opened in taps for fd in opened.fds)
-    sleeper = subprocess.Popen(["sleep", "60"], pass_fds=fds)
-    try:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        names, fds = [], []
+        for number in range(6):
+            opened = kernel.open_tap(f"qs-many{number}", 200)
+            stack.callback(opened.close)
+            names.append(opened.name)
+            fds += opened.fds
+        sleeper = subprocess.Popen(["sleep", "60"], pass_fds=fds)
+        stack.callback(sleeper.wait)
+        stack.callback(sleeper.kill)
         found = kernel.open_queues(sleeper.pid)
         assert sorted((queue.tap, queue.index) for queue in found) == [
-            (opened.name, index) for opened in taps for index in range(200)
+            (name, index) for name in names for index in range(200)
         ]
-    finally:
-        for opened in taps:
-            opened.close()
-        sleeper.kill()
-        sleeper.wait()
 
 
 def test_a_queue_seen_once_for_each_process(tap: support.TapUnderTest) -> None:
