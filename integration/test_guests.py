@@ -135,3 +135,31 @@ def test_software_steering_is_named_and_refused(files: Provisioned, user: str) -
         forced = support.qsteer("apply", "--vm", "soft", "--equal", "2", "--force")
         assert forced.returncode == 0, forced.stderr
         assert "undone" in support.qsteer("status", "--vm", "soft").stdout
+
+
+def test_qsteers_program_over_the_maps_of_qemus_own(files: Provisioned) -> None:
+    """QEMU as root has loaded a program; ``--replace`` puts qsteer's in its place, by what QEMU goes on writing."""
+    tap = "qsg-over"
+    netdev = f"tap,id=net0,vhost=off,ifname={tap},queues={QUEUES},script=no,downscript=no"
+    device = f"virtio-net-pci,netdev=net0,mq=on,vectors={2 * QUEUES + 2},rss=on"
+    with Guest(files, name="over", arguments=("-netdev", netdev, "-device", device)) as guest:
+        guest.wait_ready()
+        guest.run("ethtool -X eth0 equal 3")
+        qemus = status("--vm", "over")[tap]["program"]["id"]
+        done = support.qsteer("apply", "--vm", "over", "--replace")
+        assert done.returncode == 0 and "source qemu-maps" in done.stdout, done.stderr
+        seen = status("--vm", "over")[tap]
+        assert (seen["program"]["kind"], seen["program"]["displaced"]) == ("qsteer", qemus)
+        assert (seen["source"], seen["agrees"], seen["state"]) == ("qemu-maps", "yes", "ok")
+        assert "unchanged" in support.qsteer("apply", "--vm", "over").stdout
+        verdict = verify(follow(guest, tap, files.flowrx, queues=QUEUES), guest.rss(), queues=QUEUES)
+        assert (verdict.mismatches, verdict.host_mismatches, verdict.lost) == (0, 0, 0)
+
+        # QEMU writes the same maps, and attaches its own program again.
+        guest.run("ethtool -X eth0 equal 2")
+        assert status("--vm", "over")[tap]["program"]["id"] == qemus
+        support.qsteer("apply", "--vm", "over", "--replace")
+        (shown,) = json.loads(support.qsteer("show", "--vm", "over", "--json").stdout)["taps"]
+        assert tuple(shown["rss"]["table"]) == guest.rss().table
+        assert "put back" in support.qsteer("off", "--vm", "over").stdout
+        assert status("--vm", "over")[tap]["program"]["id"] == qemus
