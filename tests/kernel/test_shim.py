@@ -128,7 +128,8 @@ def test_more_queues_than_one_read_takes(namespace: str) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
     with contextlib.ExitStack() as stack:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        names, fds = [], []
+        names: list[str] = []
+        fds: list[int] = []
         for number in range(6):
             opened = kernel.open_tap(f"qs-many{number}", 200)
             stack.callback(opened.close)
