@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-2-Clause
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,18 @@ def files(user: str) -> Iterator[Provisioned]:
 def old_qemu() -> Path:
     """A QEMU older than 9.0."""
     return provision.provision_old_qemu()
+
+
+OLD = pytest.param("old", marks=pytest.mark.compat)
+NEW = pytest.param("new", marks=pytest.mark.compat)
+
+
+@pytest.fixture(scope="module", params=["provisioned", OLD, NEW])
+def with_qemu(request: pytest.FixtureRequest, files: Provisioned, user: str) -> Iterator[Provisioned]:
+    """The guest's files with one QEMU after the other."""
+    if request.param == "provisioned":
+        yield files
+        return
+    qemu = provision.provision_old_qemu() if request.param == "old" else provision.provision_new_qemu()
+    with provision.readable_by(user, replace(provision.provision(), qemu=qemu)) as readable:
+        yield readable

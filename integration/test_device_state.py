@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from integration import provision, traffic
+from integration import traffic
 from integration.guest import ACCEL, Guest, as_user
 from integration.provision import Provisioned
 from qsteer import devicestate, holds, inventory, kernel, pauses, procs, qmp, qmpvm, savestate
@@ -35,8 +35,6 @@ READS = 20
 ONE_THREAD = "tcg,thread=single" if ACCEL == "tcg" else ACCEL
 """With a thread for each CPU, QEMU 10.0 rarely fails an assertion while Linux sets up bridges (iotlb_to_section)."""
 KEY = format_key(bytes(range(1, 41)))
-OLD = pytest.param("old", marks=pytest.mark.compat)
-NEW = pytest.param("new", marks=pytest.mark.compat)
 
 
 @pytest.fixture(autouse=True)
@@ -44,17 +42,6 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stamps of these tests' own."""
     monkeypatch.setattr(holds, "RUNTIME", tmp_path / "run")
     return holds.RUNTIME
-
-
-@pytest.fixture(scope="module", params=["provisioned", OLD, NEW])
-def with_qemu(request: pytest.FixtureRequest, files: Provisioned, user: str) -> Iterator[Provisioned]:
-    """The guest's files with one QEMU after the other."""
-    if request.param == "provisioned":
-        yield files
-        return
-    qemu = provision.provision_old_qemu() if request.param == "old" else provision.provision_new_qemu()
-    with provision.readable_by(user, replace(provision.provision(), qemu=qemu)) as readable:
-        yield readable
 
 
 @dataclass(frozen=True, kw_only=True)
