@@ -37,6 +37,10 @@ ONE_THREAD = "tcg,thread=single" if ACCEL == "tcg" else ACCEL
 KEY = format_key(bytes(range(1, 41)))
 
 
+def used(path: str, process: Process, nic: qmpvm.QmpNic, queues: int) -> tuple[int | None, ...]:
+    return qmp.converse(path, process, lambda monitor: qmpvm.used(monitor, nic, queues))
+
+
 @pytest.fixture(autouse=True)
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stamps of these tests' own."""
@@ -193,14 +197,14 @@ def test_used_buffers(vm: Vm, files: Provisioned) -> None:
     """What the device has used grows by what the guest has seen on each queue."""
     vm.guest.run("ethtool -X eth0 weight 1 2 3 2")
     nic = qmpvm.nic_of(qmpvm.inspect(vm.path, vm.process), found("qsds0"))
-    before = qmpvm.used_buffers(vm.path, vm.process, nic, QUEUES)
+    before = used(vm.path, vm.process, nic, QUEUES)
     sighting = traffic.follow(vm.guest, "qsds0", files.flowrx, queues=QUEUES, flows=512)
-    after = qmpvm.used_buffers(vm.path, vm.process, nic, QUEUES)
+    after = used(vm.path, vm.process, nic, QUEUES)
     for queue, (first, last) in enumerate(zip(before, after, strict=True)):
         assert first is not None and last is not None
         assert 0 <= (last - first) % 65536 - sighting.guest.count(queue) < 64
-    assert qmpvm.used_buffers(vm.path, vm.process, replace(nic, vhost=None), 2) == (None, None)
-    assert qmpvm.used_buffers(vm.path, vm.process, nic, 2 * QUEUES)[-1] is None
+    assert used(vm.path, vm.process, replace(nic, vhost=None), 2) == (None, None)
+    assert used(vm.path, vm.process, nic, 2 * QUEUES)[-1] is None
 
 
 def test_how_long_the_vm_stands_still(vm: Vm) -> None:

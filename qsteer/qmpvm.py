@@ -90,20 +90,28 @@ def inspect(path: str, process: Process) -> QmpVm:
     return qmp.converse(path, process, lambda monitor: describe(monitor, process.pid))
 
 
-def used_buffers(path: str, process: Process, nic: QmpNic, queues: int) -> tuple[int | None, ...]:
+def used_buffers(path: str, process: Process, tap: Tap) -> tuple[int | None, ...]:
+    """``used`` of the NIC behind ``tap``, which has a queue for each of the tap's.
+
+    Raises what ``qmp.converse`` and ``nic_of`` raise.
+    """
+
+    async def exchange(monitor: Monitor) -> tuple[int | None, ...]:
+        nic = nic_of(await describe(monitor, process.pid), tap)
+        return await used(monitor, nic, tap.attached)
+
+    return qmp.converse(path, process, exchange)
+
+
+async def used(monitor: Monitor, nic: QmpNic, queues: int) -> tuple[int | None, ...]:
     """How many buffers each receive queue of a NIC has used since the guest set it up, modulo 65536.
 
     None where it cannot be told: QEMU before 7.2, no such queue.  With vhost QEMU does not count (and would ask its
-    backend, which may stop the queue), so all are None unless it is certain that there is none.  Raises what
-    ``qmp.converse`` raises.
+    backend, which may stop the queue), so all are None unless it is certain that there is none.
     """
     if nic.vhost is not False or not nic.backend or nic.backend.kind != "tap":
         return (None,) * queues
-
-    async def ask(monitor: Monitor) -> tuple[int | None, ...]:
-        return tuple([await _used(monitor, nic.path, 2 * queue) for queue in range(queues)])
-
-    return qmp.converse(path, process, ask)
+    return tuple([await _used(monitor, nic.path, 2 * queue) for queue in range(queues)])
 
 
 def nic_of(vm: QmpVm, tap: Tap) -> QmpNic:

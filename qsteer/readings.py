@@ -125,11 +125,8 @@ def _with_used(tap: Tap, qmp: str | None) -> Tap:
         return tap
     from qsteer import qmpvm
 
-    def ask(path: str, process: Process) -> tuple[int | None, ...]:
-        return qmpvm.used_buffers(path, process, qmpvm.nic_of(qmpvm.inspect(path, process), tap), tap.attached)
-
     with contextlib.suppress(QsteerError):
-        return replace(tap, used=_over_qmp(tap, qmp, ask))
+        return replace(tap, used=_over_qmp(tap, qmp, lambda path, process: qmpvm.used_buffers(path, process, tap)))
     return tap
 
 

@@ -24,6 +24,10 @@ STATE = b"the state"
 RUNNING = {"status": "running", "running": True}
 
 
+def used(path: str, process: Process, nic: qmpvm.QmpNic, queues: int) -> tuple[int | None, ...]:
+    return qmp.converse(path, process, lambda monitor: qmpvm.used(monitor, nic, queues))
+
+
 @pytest.fixture(autouse=True)
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(holds, "RUNTIME", tmp_path / "run")
@@ -481,11 +485,11 @@ def test_used_buffers(qemu: Qemu, me: Process) -> None:
 
     described(qemu)
     nic = qmpvm.inspect(qemu.path, me).nics[0]
-    assert qmpvm.used_buffers(qemu.path, me, nic, 2) == (None, None)  # before 7.2
+    assert used(qemu.path, me, nic, 2) == (None, None)  # before 7.2
     qemu.answers["x-query-virtio-queue-status"] = queue_status
-    assert qmpvm.used_buffers(qemu.path, me, nic, 4) == (1, None, None, None)
+    assert used(qemu.path, me, nic, 4) == (1, None, None, None)
     for other in (replace(nic, vhost=True), replace(nic, vhost=None), replace(nic, backend=None)):
-        assert qmpvm.used_buffers(qemu.path, me, other, 2) == (None, None)
+        assert used(qemu.path, me, other, 2) == (None, None)
 
 
 def test_the_vhost_of_a_process(me: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qemu: Qemu) -> None:
