@@ -8,6 +8,7 @@ import pwd
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ from integration import provision
 from integration.agent_guest import agent_arguments, restart_agent, stop_agent, with_agent
 from integration.guest import Guest, as_user
 from integration.provision import Provisioned
-from qsteer import agent, devicestate, ethtool, kernel, peer, procs, qmp
+from qsteer import agent, devicestate, ethtool, inventory, kernel, peer, procs, qmp
 from qsteer.errors import BusyError, NotFoundError, QsteerError, UnsupportedError
 from qsteer.model import Process, Reading, Source
 from qsteer.rss import BASE_TYPES, HashType, RssConfig, equal_table, format_key, weighted_table
+from tests.kernel import support
 
 pytestmark = [pytest.mark.root, pytest.mark.guest]
 
@@ -260,3 +262,29 @@ def test_who_listens(agent_files: Provisioned, tmp_path: Path) -> None:
                     peer.connect(str(tmp_path / "agent"), me, timeout_s=5)
             finally:
                 qemu.kill()
+
+
+def test_the_guest_is_followed_by_its_agent(vm: Vm) -> None:
+    """From the command line: what is attached is what the agent says, and ``keep`` stays with it."""
+
+    types = vm.guest.hash_types()
+
+    def attached() -> RssConfig | None:
+        (tap,) = (tap for tap in inventory.fetch().taps if tap.name == "qsga0")
+        return tap.content.config if tap.content else None
+
+    vm.guest.run("ethtool -X eth0 equal 3")
+    done = support.qsteer("apply", "--dev", "qsga0")
+    assert done.returncode == 0 and "source guest-agent" in done.stdout, done.stderr
+    assert attached() == vm.guest.rss(types=types)
+    keep = subprocess.Popen((sys.executable, "-m", "qsteer", "keep", "--dev", "qsga0", "--reread", "2", "-q"))
+    try:
+        for change in ("-X eth0 equal 2", "-X eth0 weight 1 2 0 1", f"-X eth0 hkey {format_key(KEY)}"):
+            vm.guest.run(f"ethtool {change}")
+            support.wait_until(change, lambda: attached() == vm.guest.rss(types=types))
+    finally:
+        keep.terminate()
+        assert keep.wait(10) == 0
+    checked = support.qsteer("status", "--check", "--dev", "qsga0")
+    assert checked.returncode == 0 and "yes" in checked.stdout, checked.stdout
+    assert support.qsteer("off", "--dev", "qsga0").returncode == 0

@@ -156,6 +156,8 @@ def main() -> None:
         print("status, not steered: {:.0f} ms, {:.0f} ms of CPU".format(*(1000 * taken for taken in status())))
         with keep([vm.child.pid for vm in made], log) as (pid, began):
             while steered(made) < options.taps:
+                if time.monotonic() > began + 300:
+                    raise SystemExit(f"only {steered(made)} taps are steered: {log}")
                 time.sleep(0.05)
             took = time.monotonic() - began
             print(f"keep: all steered after {took:.1f} s and {cpu_s(pid):.1f} s of CPU")
