@@ -6,6 +6,7 @@ PYTHON ?= $(or $(wildcard /usr/bin/python3),python3)
 PREFIX ?= /usr/local
 DESTDIR ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 # The Debian packages that building, the tests and the demo need.
 PACKAGES := \
@@ -22,7 +23,7 @@ SHELL := /bin/bash
 .SILENT:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-qemus lint build packages install uninstall clean
+.PHONY: help bench demo test test-qemus lint build packages install uninstall clean
 
 # Where "make install" puts things.  DESTDIR is in front of it only while a package is made, and is not to be found inside.
 override PREFIX := $(patsubst %/,%,$(PREFIX))
@@ -46,12 +47,15 @@ endef
 help: ## list the targets
 	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 	echo
-	echo "Variables: PYTHON ($(PYTHON)), PREFIX ($(PREFIX)), DESTDIR; PYTEST_ARGS for test; QSTEER_STRICT=1 makes a"
-	echo "skipped test a failed one; YES=1 lets the demo and the tests fetch what the distribution lacks without asking;"
-	echo "QSTEER_ACCEL=kvm makes their guests faster where KVM works (tcg)."
+	echo "Variables: PYTHON ($(PYTHON)), PREFIX ($(PREFIX)), DESTDIR; PYTEST_ARGS for test, BENCH_ARGS for bench;"
+	echo "QSTEER_STRICT=1 makes a skipped test a failed one; YES=1 lets the demo, the bench and the tests fetch what the"
+	echo "distribution lacks without asking; QSTEER_ACCEL=kvm makes their guests faster where KVM works (tcg)."
 
 demo: build ## boot a guest and check that every flow lands on the queue the guest asked for
 	$(call as_root,$(VENV)/bin/python -m integration.demo)
+
+bench: build ## measure what steering costs, against return 0, no program, and QEMU's own program (4 minutes)
+	$(call as_root,$(VENV)/bin/python -m integration.bench $(BENCH_ARGS))
 
 test: build ## run all tests (needs root, directly or through sudo)
 	$(call as_root,$(VENV)/bin/python -m pytest -m "not compat" $(PYTEST_ARGS))

@@ -2,6 +2,9 @@
 #define _GNU_SOURCE
 #include "shim.h"
 
+#include "auto.h"
+#include "bpf/handover.h"
+
 #include <bpf/bpf.h>
 #include <bpf/libbpf.h>
 #include <errno.h>
@@ -26,31 +29,16 @@
 
 #define QS_FDS_MAX 16
 
-static void qs_close(const int *fd)
-{
-	if (*fd >= 0)
-		close(*fd);
-}
-
 static void qs_close_object(struct bpf_object **object)
 {
 	bpf_object__close(*object);
 }
 
-#define qs_auto_close __attribute__((cleanup(qs_close)))
 #define qs_auto_object __attribute__((cleanup(qs_close_object)))
 
 static int qs_result(int ret)
 {
 	return ret < 0 ? -errno : 0;
-}
-
-static int qs_take(int *fd)
-{
-	int taken = *fd;
-
-	*fd = -1;
-	return taken;
 }
 
 /* tun/tap */
@@ -316,8 +304,8 @@ static int qs_map_reuse(struct bpf_object *object, const char *name, int fd)
 	return bpf_map__reuse_fd(map, fd);
 }
 
-int qs_program_load(const char *path, const struct qs_ident *ident, int bodies_fd,
-		    const int *map_fds, struct qs_program *program)
+int qs_program_load(const char *path, const struct qs_ident *ident, const int *map_fds,
+		    struct qs_program *program)
 {
 	qs_auto_object struct bpf_object *object = NULL;
 	qs_auto_close int prog = -1, config = -1, key = -1, table = -1;
@@ -333,8 +321,6 @@ int qs_program_load(const char *path, const struct qs_ident *ident, int bodies_f
 		return -EINVAL;
 	err = bpf_map__set_initial_value(rodata, ident, sizeof(*ident));
 	if (err)
-		return err;
-	if (bodies_fd >= 0 && (err = qs_map_reuse(object, "qsteer_bodies", bodies_fd)))
 		return err;
 	if (map_fds && ((err = qs_map_reuse(object, QS_MAP_CONFIG, map_fds[0])) ||
 			(err = qs_map_reuse(object, QS_MAP_KEY, map_fds[1])) ||
@@ -356,27 +342,17 @@ int qs_program_load(const char *path, const struct qs_ident *ident, int bodies_f
 	return 0;
 }
 
-static int qs_body_load(const char *path, int *body)
-{
-	qs_auto_object struct bpf_object *object = NULL;
-	int err;
-
-	err = qs_object_open(path, &object);
-	if (err)
-		return err;
-	err = bpf_object__load(object);
-	if (err)
-		return err;
-	return qs_only_program(object, body);
-}
-
 int qs_bodies_refill(int bodies_fd, const char *path)
 {
+	qs_auto_object struct bpf_object *object = NULL;
 	qs_auto_close int body = -1;
-	__u32 slot = 0;
-	int err = qs_body_load(path, &body);
+	__u32 slot = QS_BODY_TAP;
+	int err;
 
-	return err ? err : bpf_map_update_elem(bodies_fd, &slot, &body, BPF_ANY);
+	if ((err = qs_object_open(path, &object)) || (err = bpf_object__load(object)) ||
+	    (err = qs_only_program(object, &body)))
+		return err;
+	return bpf_map_update_elem(bodies_fd, &slot, &body, BPF_ANY);
 }
 
 int qs_bodies_create(const char *path, int *bodies_fd)
@@ -384,8 +360,8 @@ int qs_bodies_create(const char *path, int *bodies_fd)
 	qs_auto_close int bodies = -1;
 	int err;
 
-	bodies = bpf_map_create(BPF_MAP_TYPE_PROG_ARRAY, "qsteer_bodies", sizeof(__u32),
-				sizeof(__u32), 1, NULL);
+	bodies = bpf_map_create(BPF_MAP_TYPE_PROG_ARRAY, QS_BODIES, sizeof(__u32), sizeof(__u32),
+				QS_BODIES_ENTRIES, NULL);
 	if (bodies < 0)
 		return bodies;
 	err = qs_bodies_refill(bodies, path);
@@ -412,7 +388,7 @@ int qs_pinned(const char *path, int *fd)
 
 int qs_bodies_program(int bodies_fd, __u32 *id)
 {
-	__u32 slot = 0, found = 0;
+	__u32 slot = QS_BODY_TAP, found = 0;
 	int err = bpf_map_lookup_elem(bodies_fd, &slot, &found);
 
 	if (err && err != -ENOENT)
@@ -488,18 +464,33 @@ static bool qs_ends_with(const char kept[16], const char *suffix)
 	return len >= n && !memcmp(kept + len - n, suffix, n);
 }
 
-/* What one of a program's maps says about the program. */
-static void qs_map_tells(int fd, const struct bpf_map_info *map, struct qs_program_info *out)
+/* A later version may know more of itself; what this one knows comes first. */
+#define QS_RODATA_MAX 4096
+
+/* Who a program says it is, and the configuration that it has with it. */
+static void qs_rodata_tells(int fd, const struct bpf_map_info *map, struct qs_program_info *out)
 {
-	/* A later version may know more of itself; what this one knows comes first. */
 	union {
 		struct qs_ident ident;
-		__u8 bytes[256];
+		__u8 bytes[QS_RODATA_MAX];
 	} rodata;
 	__u32 zero = 0;
 
+	if (map->value_size < sizeof(rodata.ident) || map->value_size > sizeof(rodata) ||
+	    !(map->map_flags & BPF_F_RDONLY_PROG) || bpf_map_lookup_elem(fd, &zero, &rodata) ||
+	    rodata.ident.magic != QS_MAGIC)
+		return;
+	out->ident = rodata.ident;
+	out->has_ident = 1;
+	if (map->value_size >= sizeof(struct qs_frozen))
+		out->frozen_id = map->id;
+}
+
+/* What one of a program's maps says about the program. */
+static void qs_map_tells(int fd, const struct bpf_map_info *map, struct qs_program_info *out)
+{
 	if (map->type == BPF_MAP_TYPE_PROG_ARRAY) {
-		if (qs_named(map->name, "qsteer_bodies"))
+		if (qs_named(map->name, QS_BODIES))
 			out->bodies_id = map->id;
 		return;
 	}
@@ -514,12 +505,8 @@ static void qs_map_tells(int fd, const struct bpf_map_info *map, struct qs_progr
 	else if (qs_named(map->name, QS_MAP_TABLE) && map->max_entries == QS_TABLE_ENTRIES &&
 		 map->value_size == sizeof(__u16))
 		out->table_id = map->id;
-	else if (qs_ends_with(map->name, ".rodata") && map->value_size >= sizeof(rodata.ident) &&
-		 map->value_size <= sizeof(rodata) && (map->map_flags & BPF_F_RDONLY_PROG) &&
-		 !bpf_map_lookup_elem(fd, &zero, &rodata) && rodata.ident.magic == QS_MAGIC) {
-		out->ident = rodata.ident;
-		out->has_ident = 1;
-	}
+	else if (qs_ends_with(map->name, ".rodata"))
+		qs_rodata_tells(fd, map, out);
 }
 
 int qs_program_info(int prog_fd, struct qs_program_info *out)
@@ -590,6 +577,29 @@ int qs_config_read(int config_fd, int key_fd, int table_fd, struct qs_rss_config
 	key[2] = raw.leftmost_32_bits >> 8;
 	key[3] = raw.leftmost_32_bits;
 	memcpy(key + 4, raw.rest, sizeof(raw.rest));
+	return 0;
+}
+
+int qs_frozen_read(int fd, struct qs_rss_config *config, __u8 key[QS_KEY_BYTES], __u16 *table)
+{
+	union {
+		struct qs_frozen frozen;
+		__u8 bytes[QS_RODATA_MAX];
+	} rodata;
+	struct bpf_map_info info = {};
+	__u32 zero = 0, len = sizeof(info);
+	int err = bpf_obj_get_info_by_fd(fd, &info, &len);
+
+	if (err)
+		return err;
+	if (info.value_size < sizeof(rodata.frozen) || info.value_size > sizeof(rodata))
+		return -EBADMSG;
+	err = bpf_map_lookup_elem(fd, &zero, &rodata);
+	if (err)
+		return err;
+	*config = rodata.frozen.config;
+	memcpy(key, rodata.frozen.key, QS_KEY_BYTES);
+	memcpy(table, rodata.frozen.table, sizeof(rodata.frozen.table));
 	return 0;
 }
 

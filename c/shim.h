@@ -51,6 +51,7 @@ int qs_bpffs_mount(const char *path);
 
 /* Programs */
 
+/* The three maps that QEMU writes are -1 where the configuration is frozen. */
 struct qs_program {
 	int prog_fd;
 	int config_fd;
@@ -60,16 +61,15 @@ struct qs_program {
 };
 
 /*
- * Load a tap's program from an object file (tap_stub or tap_complete): its identity in frozen
- * rodata; bodies_fd is the prog_array of the shared body, or -1; map_fds are the configuration,
- * key and table maps of another program, which both have then, or NULL for three new ones.
- * -EOPNOTSUPP where a map is not laid out as this program's.
+ * Load a tap's program with everything in it from an object file, its identity in frozen rodata.
+ * map_fds are the configuration, key and table maps of another program, which both have then, or
+ * NULL for three new ones.  -EOPNOTSUPP where a map is not laid out as this program's.
  */
-int qs_program_load(const char *object, const struct qs_ident *ident, int bodies_fd,
-		    const int *map_fds, struct qs_program *program);
+int qs_program_load(const char *object, const struct qs_ident *ident, const int *map_fds,
+		    struct qs_program *program);
 /* Load the shared body into a new prog_array. */
 int qs_bodies_create(const char *object, int *bodies_fd);
-/* Fill the prog_array of a body that is gone with the body of another one. */
+/* Fill the prog_array of a body that is gone. */
 int qs_bodies_refill(int bodies_fd, const char *object);
 /* Pin, and get what is pinned. */
 int qs_pin(int fd, const char *path);
@@ -86,6 +86,7 @@ struct qs_program_info {
 	__u32 config_id; /* ids of the maps with QEMU's names and sizes, or 0 */
 	__u32 key_id;
 	__u32 table_id;
+	__u32 frozen_id; /* id of the map that a configuration is frozen in, or 0 */
 	__u32 bodies_id; /* id of the prog_array that a stub calls into, or 0 */
 	__u64 loaded_ns; /* after boot */
 	__u32 uid;
@@ -110,6 +111,8 @@ int qs_map_info(int fd, __u32 *id, __u32 *type, char name[16]);
 /* The configuration in a program's maps; table has QS_TABLE_ENTRIES entries. */
 int qs_config_read(int config_fd, int key_fd, int table_fd, struct qs_rss_config *config,
 		   __u8 key[QS_KEY_BYTES], __u16 *table);
+/* The configuration in a frozen map; -EBADMSG where it is not one. */
+int qs_frozen_read(int fd, struct qs_rss_config *config, __u8 key[QS_KEY_BYTES], __u16 *table);
 /* Key, then table, then config: nothing is steered by halves before a program is attached. */
 int qs_config_write(int config_fd, int key_fd, int table_fd, const struct qs_rss_config *config,
 		    const __u8 key[QS_KEY_BYTES], const __u16 *table);

@@ -29,8 +29,8 @@ class Programs:
         return self._infos.get(program_id)
 
     def content(self, program: ProgramInfo | None) -> MapsContent | None:
-        """What its maps hold."""
-        if not program or not program.has_maps:
+        """The configuration that it works with."""
+        if not program or not program.has_config:
             return None
         if program.id not in self._contents:
             try:

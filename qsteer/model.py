@@ -71,6 +71,7 @@ class ProgramInfo:
     config_id: int
     key_id: int
     table_id: int
+    frozen_id: int
     bodies_id: int
     verified_instructions: int
     ident: Ident | None
@@ -79,6 +80,11 @@ class ProgramInfo:
     def has_maps(self) -> bool:
         """Whether it has the three maps of QEMU's layout."""
         return bool(self.config_id and self.key_id and self.table_id)
+
+    @property
+    def has_config(self) -> bool:
+        """Whether it has an RSS configuration: in those maps, or frozen into it."""
+        return bool(self.frozen_id or self.has_maps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,14 +4,16 @@
 Theory of operation
 -------------------
 A tap's program comes in two builds that give the same queue on every packet.  ``shared-body``: a stub of the tap's
-own tail-calls one body that is loaded once per host and kept by a pin (a prog_array is emptied when its last fd or pin
-goes).
+own (c/stub.h) tail-calls bodies that are loaded once per host and kept by a pin (a prog_array is emptied when its last
+fd or pin goes).
 ``complete``: all in one, for where the body cannot load (no CAP_PERFMON, a kernel before 6.2, no writable BPF file
 system).  ``load_program`` tries the first and falls back to the second; a freshly pinned body has to give the
 right queue for known packets before anything uses it.
 
-A program is loaded with maps of its own, or over those of another program: that is how a running VM gets the program of
-another version of qsteer.  Both have the same configuration then, be it one that QEMU changes meanwhile.
+A configuration that QEMU writes is in three maps.  A program is loaded with maps of its own, or over those of another
+program, and both have the same configuration then, also one that QEMU changes meanwhile: that is how a running VM gets
+the program of another version of qsteer.  A configuration that qsteer was given is frozen into a stub; for another one
+another program is loaded, which takes the first one's place between two packets.
 
 A body's pin may be removed (``clean``) while a stub is being loaded over it by somebody who holds no lock (``run``).
 Whoever removes one looks for its users after the pin is out of the way; whoever loads one looks at the pin after the
@@ -26,7 +28,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,17 @@ _SOURCE_NUMBERS = {
 }
 NO_BODIES = -1
 _PIN_ATTEMPTS = 5
-_OBJECTS = {Build.SHARED_BODY: "tap_stub.bpf.o", Build.COMPLETE: "tap_complete.bpf.o"}
+_BODY = os.fsencode(OBJECTS / "tap_body.bpf.o")
+_COMPLETE = os.fsencode(OBJECTS / "tap_complete.bpf.o")
+_WRITTEN_BY_QEMU = (Source.SHARED_MAPS, Source.QEMU_MAPS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """A loaded program and its three maps, as fds that this process owns."""
+    """A loaded program and its three maps, as fds that this process owns.
+
+    The maps' are -1 where the configuration is frozen into the program.
+    """
 
     id: int
     build: Build
@@ -73,7 +80,8 @@ class Program:
 
     def close(self) -> None:
         for fd in self.fds:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
 
 def load_program(
@@ -85,22 +93,25 @@ def load_program(
     build: Build | None = None,
     maps_of: ProgramInfo | None = None,
 ) -> Program:
-    """Load a steering program for one tap, with ``config`` in its maps (none: QEMU will write them).
+    """Load a steering program for one tap, with a configuration (none: QEMU will write it).
 
-    With ``maps_of`` it works with the maps of a program that is loaded, qsteer's or QEMU's, instead of new ones, and
-    with what they hold; there is no ``config`` then.  ``displaced`` is the id of the QEMU program that it is going to
-    take off.  ``build`` forces one; otherwise the shared body is used where it can be.  Raises QsteerError.
+    With ``maps_of`` it goes on with the configuration of a program that is loaded, qsteer's or QEMU's, instead of
+    ``config``: with the very maps of it where QEMU writes into them.  ``displaced`` is the id of the QEMU program that
+    it is going to take off.  ``build`` forces one; otherwise the shared body is used where it can be.  Raises
+    QsteerError.
     """
     assert not (config and maps_of)
+    if maps_of and source not in _WRITTEN_BY_QEMU:
+        config, maps_of = _config_of(maps_of), None
     with _maps_of(maps_of) as maps:
-        program = _load_either(build, lambda which, bodies: _load(which, tap, source, displaced, bodies, maps))
-    if config:
-        try:
-            _write_config(program, config)
-        except BaseException:
-            program.close()
-            raise
-    return program
+        return _load_either(build, lambda which, bodies: _load(which, tap, source, displaced, config, bodies, maps))
+
+
+def _config_of(info: ProgramInfo) -> RssConfig:
+    config = read_maps(info).config
+    if not config:
+        raise UnsupportedError(f"program {info.id} has no RSS configuration that qsteer could go on with")
+    return config
 
 
 @contextlib.contextmanager
@@ -154,6 +165,7 @@ def _load(
     tap: str,
     source: Source,
     displaced: int,
+    config: RssConfig | None = None,
     bodies: int = NO_BODIES,
     maps: tuple[int, int, int] | None = None,
 ) -> Program:
@@ -169,18 +181,37 @@ def _load(
             "tap": tap.encode()[:15],
         },
     )
-    program = ffi.new("struct qs_program *")
+    out = ffi.new("struct qs_program *")
     map_fds = ffi.new("int[3]", maps) if maps else ffi.NULL
-    result = lib.qs_program_load(os.fsencode(OBJECTS / _OBJECTS[build]), ident, bodies, map_fds, program)
+    frozen = build is Build.SHARED_BODY and config is not None and _can_be_frozen(source, config)
+    if build is Build.COMPLETE:
+        result = lib.qs_program_load(_COMPLETE, ident, map_fds, out)
+    elif frozen:
+        assert config
+        result = lib.qs_stub_load_frozen(ident, *_raw(config), bodies, out)
+    else:
+        result = lib.qs_stub_load_maps(ident, map_fds, bodies, out)
     check_bpf(result, f'cannot load the steering program for tap "{tap}"')
-    return Program(
-        id=program.id,
+    program = Program(
+        id=out.id,
         build=build,
-        prog_fd=program.prog_fd,
-        config_fd=program.config_fd,
-        key_fd=program.key_fd,
-        table_fd=program.table_fd,
+        prog_fd=out.prog_fd,
+        config_fd=out.config_fd,
+        key_fd=out.key_fd,
+        table_fd=out.table_fd,
     )
+    if config and not frozen:
+        try:
+            _write_config(program, config)
+        except BaseException:
+            program.close()
+            raise
+    return program
+
+
+def _can_be_frozen(source: Source, config: RssConfig) -> bool:
+    """A frozen table has a byte for each queue; a guest may ask for a queue that no tap has."""
+    return source not in _WRITTEN_BY_QEMU and max(config.table) <= 0xFF
 
 
 def _own_version() -> tuple[int, ...]:
@@ -188,6 +219,12 @@ def _own_version() -> tuple[int, ...]:
 
 
 def _write_config(program: Program, config: RssConfig) -> None:
+    result = lib.qs_config_write(program.config_fd, program.key_fd, program.table_fd, *_raw(config))
+    check_bpf(result, "cannot write the RSS configuration")
+
+
+def _raw(config: RssConfig) -> tuple[Any, bytes, Any]:
+    """Configuration, key and table as the C side wants them."""
     raw = ffi.new(
         "struct qs_rss_config *",
         {
@@ -197,9 +234,7 @@ def _write_config(program: Program, config: RssConfig) -> None:
             "default_queue": config.unclassified_queue,
         },
     )
-    table = ffi.new(f"uint16_t[{lib.QS_TABLE_ENTRIES}]", config.table)
-    result = lib.qs_config_write(program.config_fd, program.key_fd, program.table_fd, raw, config.key, table)
-    check_bpf(result, "cannot write the RSS configuration")
+    return raw, config.key, ffi.new(f"uint16_t[{lib.QS_TABLE_ENTRIES}]", config.table)
 
 
 def _shared_bodies() -> int:
@@ -207,9 +242,7 @@ def _shared_bodies() -> int:
     found = _pinned_bodies()
     if found is not None:
         return found
-    bodies = out_fd_bpf(
-        lambda out: lib.qs_bodies_create(os.fsencode(OBJECTS / "tap_body.bpf.o"), out), "cannot load the shared body"
-    )
+    bodies = out_fd_bpf(lambda out: lib.qs_bodies_create(_BODY, out), "cannot load the shared body")
     try:
         _prove(bodies)
         _pin(bodies, bodies_pin())
@@ -225,7 +258,7 @@ def _shared_bodies() -> int:
 @functools.cache
 def bodies_pin() -> Path:
     """Where this qsteer's shared body is pinned: by ABI and content, so that no other body is taken for it."""
-    digest = hashlib.sha256((OBJECTS / "tap_body.bpf.o").read_bytes()).hexdigest()
+    digest = hashlib.sha256(Path(os.fsdecode(_BODY)).read_bytes()).hexdigest()
     return PIN_DIRECTORY / f"v{lib.QS_ABI}" / f"bodies-{digest[:12]}"
 
 
@@ -309,15 +342,16 @@ def _prove(bodies: int) -> None:
 
     key = secrets.token_bytes(lib.QS_KEY_BYTES)
     config = RssConfig(types=BASE_TYPES, key=key, table=tuple(range(lib.QS_TABLE_ENTRIES)), unclassified_queue=200)
-    program = _load(Build.SHARED_BODY, "", Source.STATIC, 0, bodies)
-    try:
-        _write_config(program, config)
-        for packet in _proof_packets():
-            queue = run_program(program.prog_fd, packet).queue
-            if queue != queue_of(packet, config):
-                raise UnsupportedError(f"the shared body answers wrongly on this kernel (queue {queue})")
-    finally:
-        program.close()
+    with_few = replace(config, table=(1, 0, 3, 2))
+    for proven, source in ((config, Source.STATIC), (with_few, Source.STATIC), (config, Source.SHARED_MAPS)):
+        program = _load(Build.SHARED_BODY, "", source, 0, proven, bodies)
+        try:
+            for packet in _proof_packets():
+                queue = run_program(program.prog_fd, packet).queue
+                if queue != queue_of(packet, proven):
+                    raise UnsupportedError(f"the shared body answers wrongly on this kernel (queue {queue})")
+        finally:
+            program.close()
 
 
 def _proof_packets() -> tuple[bytes, ...]:
@@ -325,7 +359,14 @@ def _proof_packets() -> tuple[bytes, ...]:
     tcp = bytes((4, 210, 0, 80)) + bytes(16)
     ip4 = bytes((0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0, 10, 1, 2, 3, 10, 4, 5, 6))
     ip6 = bytes((0x60, 0, 0, 0, 0, 20, 6, 64)) + bytes(range(32))
-    return (macs + b"\x08\x00" + ip4 + tcp, macs + b"\x86\xdd" + ip6 + tcp, macs + b"\x08\x06" + bytes(28))
+    hops = bytes((6, 0, 1, 4, 0, 0, 0, 0))
+    extended = ip6[:6] + b"\0" + ip6[7:] + hops
+    return (
+        macs + b"\x08\x00" + ip4 + tcp,
+        macs + b"\x86\xdd" + ip6 + tcp,
+        macs + b"\x86\xdd" + extended + tcp,
+        macs + b"\x08\x06" + bytes(28),
+    )
 
 
 @contextlib.contextmanager
@@ -387,6 +428,7 @@ def program_info_of(prog_fd: int) -> ProgramInfo:
         config_id=out.config_id,
         key_id=out.key_id,
         table_id=out.table_id,
+        frozen_id=out.frozen_id,
         bodies_id=out.bodies_id,
         verified_instructions=out.verified_insns,
         ident=ident,
@@ -415,7 +457,7 @@ def refill_bodies(info: ProgramInfo) -> None:
     """
     pin = _refilled_pin(info)
     with _map_by_id(info.bodies_id) as bodies:
-        check_bpf(lib.qs_bodies_refill(bodies, os.fsencode(OBJECTS / "tap_body.bpf.o")), "cannot load the shared body")
+        check_bpf(lib.qs_bodies_refill(bodies, _BODY), "cannot load the shared body")
         _pin(bodies, pin)
         if not _is_pinned(bodies, pin):
             raise UnsupportedError(f"{pin} is in the way", hint="qsteer clean removes it, unless it is in use")
@@ -455,21 +497,22 @@ def body_in(bodies_fd: int) -> int:
 
 
 def read_maps(info: ProgramInfo) -> MapsContent:
-    """The RSS configuration in a program's maps (qsteer's or QEMU's).
+    """The RSS configuration that a program (qsteer's or QEMU's) works with.
 
-    Raises QsteerError: no such maps, or no right to open them.
+    Raises QsteerError: it has none, or no right to look at it.
     """
-    if not info.has_maps:
+    if not info.has_config:
         raise UnsupportedError(f'program {info.id} "{info.name}" has no RSS maps')
     raw = ffi.new("struct qs_rss_config *")
     key = ffi.new(f"uint8_t[{lib.QS_KEY_BYTES}]")
     table = ffi.new(f"uint16_t[{lib.QS_TABLE_ENTRIES}]")
-    with (
-        _map_by_id(info.config_id) as config_fd,
-        _map_by_id(info.key_id) as key_fd,
-        _map_by_id(info.table_id) as table_fd,
-    ):
-        result = lib.qs_config_read(config_fd, key_fd, table_fd, raw, key, table)
+    if info.frozen_id:
+        with _map_by_id(info.frozen_id) as frozen_fd:
+            result = lib.qs_frozen_read(frozen_fd, raw, key, table)
+    else:
+        with _maps_of(info) as maps:
+            assert maps
+            result = lib.qs_config_read(*maps, raw, key, table)
     check(result, f"cannot read the maps of program {info.id}")
     length = raw.indirections_len
     config = None

@@ -196,7 +196,7 @@ def show_text(tap: Tap) -> str:
     if tap.content and not tap.content.enabled:
         lines.append("# RSS is not enabled: every packet goes to the unclassified queue")
     if not config:
-        lines.append("# its maps hold no RSS configuration" if program.has_maps else "# it has no RSS maps")
+        lines.append("# its maps hold no RSS configuration" if program.has_config else "# it has no RSS maps")
         return "\n".join(lines)
     lines.append(ethtool.format_table(config, device=name, rings=tap.active).rstrip("\n"))
     if max(config.table) >= tap.active:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Builds ``qsteer._shim`` out of c/shim.c and c/hints.c (cffi, API mode).
+"""Builds ``qsteer._shim`` out of c/shim.c, c/stub.c and c/hints.c (cffi, API mode).
 
 The declarations name what Python uses; the C compiler fills in every number, size and offset (``...``), so that none is
 written down twice.
@@ -72,6 +72,7 @@ struct qs_program_info {
     uint32_t config_id;
     uint32_t key_id;
     uint32_t table_id;
+    uint32_t frozen_id;
     uint32_t bodies_id;
     uint64_t loaded_ns;
     uint32_t uid;
@@ -97,8 +98,10 @@ int qs_capabilities_drop(void);
 int qs_capabilities_effective(uint64_t *set);
 int qs_lock_writer(int fd, int *pid);
 int qs_bpffs_mount(const char *path);
-int qs_program_load(const char *object, const struct qs_ident *ident, int bodies_fd, const int *map_fds,
-                    struct qs_program *program);
+int qs_program_load(const char *object, const struct qs_ident *ident, const int *map_fds, struct qs_program *program);
+int qs_stub_load_frozen(const struct qs_ident *ident, const struct qs_rss_config *config, const uint8_t *key,
+                        const uint16_t *table, int bodies_fd, struct qs_program *program);
+int qs_stub_load_maps(const struct qs_ident *ident, const int *map_fds, int bodies_fd, struct qs_program *program);
 int qs_bodies_refill(int bodies_fd, const char *object);
 int qs_bodies_create(const char *object, int *bodies_fd);
 int qs_pin(int fd, const char *path);
@@ -113,6 +116,7 @@ int qs_program_maps(int prog_fd, uint32_t *ids, uint32_t *count);
 int qs_map_info(int fd, uint32_t *id, uint32_t *type, char name[16]);
 int qs_config_read(int config_fd, int key_fd, int table_fd, struct qs_rss_config *config, uint8_t *key,
                    uint16_t *table);
+int qs_frozen_read(int fd, struct qs_rss_config *config, uint8_t *key, uint16_t *table);
 int qs_config_write(int config_fd, int key_fd, int table_fd, const struct qs_rss_config *config, const uint8_t *key,
                     const uint16_t *table);
 int qs_program_run(int prog_fd, const void *packet, uint32_t len, uint32_t repeat, uint32_t *answer,
@@ -143,11 +147,12 @@ ffi.set_source(
     #include <linux/if_tun.h>
     #include "hints.h"
     #include "shim.h"
+    #include "stub.h"
     static const uint64_t qs_magic = QS_MAGIC;
     """,
-    sources=["c/hints.c", "c/shim.c"],
+    sources=["c/hints.c", "c/shim.c", "c/stub.c"],
     include_dirs=["c"],
-    depends=["c/hints.h", "c/shim.h", "c/bpf/abi.h"],
+    depends=["c/auto.h", "c/hints.h", "c/shim.h", "c/stub.h", "c/bpf/abi.h", "c/bpf/handover.h", "c/bpf/toeplitz.h"],
     libraries=["bpf"],
     extra_compile_args=["-O2", "-Wall", "-Werror"],
     py_limited_api=True,

@@ -16,6 +16,11 @@ struct sk_buff {
 	unsigned char *data;
 };
 
+/* 64-bit numbers, 24 of them at least: what memory that has no type is read through. */
+struct rtnl_link_stats64 {
+	__u64 rx_packets;
+};
+
 /* Its first member is an unsigned long: what a plain number in kernel memory is read through. */
 struct rb_node {
 	unsigned long __rb_parent_color;

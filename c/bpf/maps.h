@@ -3,7 +3,7 @@
 #ifndef QS_MAPS_H
 #define QS_MAPS_H
 
-#include "abi.h"
+#include "handover.h"
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -31,31 +31,24 @@ struct {
 
 const volatile struct qs_ident qsteer_ident = {};
 
-/* What a program works with for one packet: read once, whatever QEMU writes meanwhile. */
-struct qs_config {
-	__u32 types;
-	__u32 mask;  /* table length - 1 */
-	__u32 queue; /* unclassified */
-};
-
 /*
- * Nonzero if packets are to be hashed.  QEMU is not trusted: a length that the specification does
- * not allow makes every packet unclassified.
+ * The word of handover.h for what QEMU wrote: read once, whatever it writes meanwhile.  QEMU is not
+ * trusted: a length that the specification does not allow makes every packet unclassified.
  */
-static __always_inline int qs_config_get(struct qs_config *config)
+static __always_inline __u32 qs_config_word(const volatile struct qs_rss_config *raw)
 {
-	const volatile struct qs_rss_config *raw;
-	__u32 zero = 0, len;
+	/* The compiler would read a packed structure byte by byte. */
+	__u64 first = *(const volatile __u64 *)raw;
+	__u32 queue = ((const volatile __u16 *)raw)[4];
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+	__u32 redirect = first & 0xff, types = first >> 16 & QS_HASH_ALL, len = first >> 48;
+#else
+	__u32 redirect = first >> 56, types = first >> 16 & QS_HASH_ALL, len = first & 0xffff;
+#endif
 
-	raw = bpf_map_lookup_elem(&tap_rss_map_configurations, &zero);
-	if (!raw)
-		return 0;
-	len = raw->indirections_len;
-	config->queue = raw->default_queue;
-	config->types = raw->hash_types & QS_HASH_ALL;
-	config->mask = len - 1;
-	return raw->redirect && config->types && len >= 1 && len <= QS_TABLE_ENTRIES &&
-	       !(len & (len - 1));
+	if (!redirect || len < 1 || len > QS_TABLE_ENTRIES || (len & (len - 1)))
+		types = 0;
+	return QS_WORD(types, (len - 1) & (QS_TABLE_ENTRIES - 1), queue);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -19,11 +19,13 @@
 
 struct qs_reader {
 	struct __sk_buff *skb;
+	__u64 start; /* any number, of which the verifier knows nothing */
 };
 
 static __always_inline int qs_reader_init(struct qs_reader *r, struct __sk_buff *skb)
 {
 	r->skb = skb;
+	r->start = (__u64)skb->hash << 32 | skb->len;
 	return 0;
 }
 
@@ -39,9 +41,10 @@ static __noinline int qs_bytes_pulled(struct __sk_buff *skb)
 	return mac[0] == data[0] && mac[1] == data[1] ? 0 : QS_ETH_HLEN;
 }
 
-/* 0 and the bytes at off (from the MAC header), or a negative value: the packet does not have them. */
-static __always_inline int qs_load(const struct qs_reader *r, __u32 off, void *to, const __u32 len)
+/* 0 and the bytes at a place, or a negative value: the packet does not have them. */
+static __always_inline int qs_load(const struct qs_reader *r, __u64 at, void *to, const __u32 len)
 {
+	__u64 off = at - r->start;
 	int pulled;
 
 	if (off > 0xffff)
@@ -54,6 +57,12 @@ static __always_inline int qs_load(const struct qs_reader *r, __u32 off, void *t
 	return bpf_skb_load_bytes(r->skb, off - pulled, to, len);
 }
 
-#define qs_load_far qs_load
+/* Whether the packet has len bytes at a place. */
+static __always_inline int qs_has(const struct qs_reader *r, __u64 at, __u32 len)
+{
+	__u8 last;
+
+	return !qs_load(r, at + len - 1, &last, 1);
+}
 
 #endif

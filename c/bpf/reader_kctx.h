@@ -23,9 +23,9 @@ extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id) __ksym;
 
 struct qs_reader {
 	struct __sk_buff *skb;
-	__u64 mac;    /* address of the MAC header */
-	__u32 linear; /* bytes that may be read at it */
-	__u32 pulled; /* bytes between it and skb->data */
+	__u64 start; /* the MAC header */
+	__u64 end;   /* of the linear area */
+	__u64 data;  /* where the helper's offsets begin */
 };
 
 /*
@@ -68,43 +68,44 @@ static __always_inline int qs_reader_init(struct qs_reader *r, struct __sk_buff 
 	if (pulled != 0 && pulled != QS_ETH_HLEN)
 		return -1;
 	r->skb = skb;
-	r->mac = head + mac;
-	r->linear = tail - mac;
-	r->pulled = pulled;
+	r->start = head + mac;
+	r->end = head + tail;
+	r->data = r->start + pulled;
 	return 0;
 }
 
-/*
- * 0 and the bytes at off (from the MAC header), or a negative value: the packet does not have them.
- * Through a helper alone: for rare headers, where inlined reads would cost the verifier most.
- */
-static __always_inline int qs_load_far(const struct qs_reader *r, __u32 off, void *to,
-				       const __u32 len)
+/* Whether the packet has len bytes at a place. */
+static __always_inline int qs_has(const struct qs_reader *r, __u64 at, __u32 len)
 {
-	return off < r->pulled ? -1 : bpf_skb_load_bytes(r->skb, off - r->pulled, to, len);
+	return at + len <= r->data + r->skb->len;
 }
 
-/* The same, straight from the linear area where the bytes are there. */
-static __always_inline int qs_load(const struct qs_reader *r, __u32 off, void *to, const __u32 len)
+/*
+ * 0 and the bytes at a place, or a negative value: the packet does not have them.  Straight from the
+ * linear area, or through a helper where they are not there.
+ */
+static __always_inline int qs_load(const struct qs_reader *r, __u64 at, void *to, const __u32 len)
 {
-	__u64 from = r->mac + off;
 	__u32 done = 0;
 
-	if (off + len > r->linear)
-		return qs_load_far(r, off, to, len);
+	if (at + len > r->end) {
+		if (at < r->data)
+			return -1;
+		return bpf_skb_load_bytes(r->skb, at - r->data, to, len);
+	}
 #pragma unroll
 	for (; done + 8 <= len; done += 8)
-		*(__u64 *)(to + done) = qs_at64(from + done);
+		*(__u64 *)(to + done) = qs_at64(at + done);
 	if (len & 4) {
-		*(__u32 *)(to + done) = qs_at32(from + done);
+		*(__u32 *)(to + done) = qs_at32(at + done);
 		done += 4;
 	}
 	if (len & 2) {
-		*(__u16 *)(to + done) = qs_at16(from + done);
+		*(__u16 *)(to + done) = qs_at16(at + done);
 		done += 2;
 	}
 	if (len & 1)
-		*(__u8 *)(to + done) = qs_at8(from + done);
+		*(__u8 *)(to + done) = qs_at8(at + done);
 	return 0;
 }
 

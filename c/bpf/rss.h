@@ -20,13 +20,15 @@
  *  - IPv6 extension headers are followed for QS_EXT_HEADERS headers, and QS_EXT_OPTIONS options
  *    in each destination options header; behind that there is no transport header.
  *
- * The packet is read through qs_load() and qs_load_far(), which reader_*.h provide: they fail, and
- * read nothing, unless every byte asked for belongs to the packet.
+ * The packet is read through qs_load(), which reader_*.h provide: it fails, and reads nothing, unless
+ * every byte asked for belongs to the packet.  qs_has() only tells that.  A place in the packet is a
+ * number, offset from a start that the verifier does not know: it would follow each offset.
  */
 #ifndef QS_RSS_H
 #define QS_RSS_H
 
 #include "abi.h"
+#include "toeplitz.h"
 
 #define QS_ETH_P_IP 0x0800
 #define QS_ETH_P_8021Q 0x8100
@@ -47,11 +49,62 @@
 
 #define QS_EXT_HEADERS 16
 #define QS_EXT_OPTIONS 32
+/* Headers, options, the end of each header's options, and the last header. */
+#define QS_EXT_STEPS (QS_EXT_HEADERS * (QS_EXT_OPTIONS + 2) + 1)
 
 #define QS_WORDS 5
-#define QS_KEY_WORDS (QS_WORDS + 1)
 
 #define QS_HASH_EX (QS_HASH_IP_EX | QS_HASH_TCP_EX | QS_HASH_UDP_EX)
+
+/* A byte of a word in memory. */
+#define QS_BYTE(i, value) bpf_cpu_to_be64((__u64)(value) << (56 - 8 * (i)))
+
+#define QS_IP4_PLAIN 0x45	    /* version 4, 20 bytes */
+#define QS_IP4_FRAGMENT_BITS 0x3fff /* more fragments, or an offset */
+
+/* The last two bytes of a word in memory, to compare with bpf_htons(). */
+static __always_inline __u16 qs_last16(__u64 word)
+{
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+	return word >> 48;
+#else
+	return word;
+#endif
+}
+
+/* Of a VLAN; proto is in network order. */
+static __always_inline int qs_is_tag(__u16 proto)
+{
+	return proto == bpf_htons(QS_ETH_P_8021Q) || proto == bpf_htons(QS_ETH_P_8021AD);
+}
+
+/* The first 64 bits of a key as QEMU keeps it: 32 of them are a number of the host's. */
+static __always_inline __u64 qs_key_head(__u64 raw)
+{
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+	return raw << 32 | bpf_ntohl(raw >> 32);
+#else
+	return raw;
+#endif
+}
+
+/* The windows of a key as QEMU keeps it, or (few) those for 12 bytes. */
+static __always_inline void qs_key_windows(const volatile __u64 *key, int few,
+					   __u64 window[QS_WINDOWS])
+{
+	__u64 word = qs_key_head(key[0]), next = bpf_be64_to_cpu(key[1]);
+
+	window[0] = QS_WINDOW(0, word, next);
+	word = bpf_be64_to_cpu(key[2]);
+	window[1] = QS_WINDOW(1, next, word);
+	if (few)
+		return;
+	next = bpf_be64_to_cpu(key[3]);
+	window[2] = QS_WINDOW(2, word, next);
+	word = bpf_be64_to_cpu(key[4]);
+	window[3] = QS_WINDOW(3, next, word);
+	window[4] = QS_WINDOW(4, word, 0ULL);
+}
 
 static __always_inline __u16 qs_be16(const void *p)
 {
@@ -64,34 +117,30 @@ static __always_inline __u64 qs_be64(const void *p)
 }
 
 /* Source and destination port at the top of a word, or a negative value: no such header. */
-static __always_inline int qs_ports(struct qs_reader *r, __u32 off, __u32 proto, __u64 *word)
+static __always_inline int qs_ports(struct qs_reader *r, __u64 at, __u32 proto, __u64 *word)
 {
-	__u32 header[5] __attribute__((aligned(8)));
+	__u32 ports;
 
-	if (proto == QS_IPPROTO_TCP) {
-		if (qs_load(r, off, header, 20))
-			return -1;
-	} else if (proto == QS_IPPROTO_UDP) {
-		if (qs_load(r, off, header, 8))
-			return -1;
-	} else {
+	if (proto != QS_IPPROTO_TCP && proto != QS_IPPROTO_UDP)
 		return -1;
-	}
-	*word = (__u64)bpf_ntohl(header[0]) << 32;
+	if (!qs_has(r, at, proto == QS_IPPROTO_TCP ? 20 : 8) || qs_load(r, at, &ports, 4))
+		return -1;
+	*word = (__u64)bpf_ntohl(ports) << 32;
 	return 0;
 }
 
-static __always_inline int qs_classify_ip4(struct qs_reader *r, __u32 off, __u32 types,
+static __always_inline int qs_classify_ip4(struct qs_reader *r, __u64 at, __u32 types,
 					   __u64 word[QS_WORDS])
 {
 	__u8 ip[20] __attribute__((aligned(8)));
 	__u32 proto, wanted;
 
-	if (qs_load(r, off, ip, sizeof(ip)))
+	if (qs_load(r, at, ip, sizeof(ip)))
 		return -1;
 	if ((ip[0] >> 4) != 4 || (ip[0] & 0xf) < 5)
 		return -1;
 	word[0] = (__u64)bpf_ntohl(*(__u32 *)(ip + 12)) << 32 | bpf_ntohl(*(__u32 *)(ip + 16));
+	word[1] = word[2] = word[3] = word[4] = 0;
 
 	proto = ip[9];
 	wanted = proto == QS_IPPROTO_TCP ? types & QS_HASH_TCP4 :
@@ -99,121 +148,159 @@ static __always_inline int qs_classify_ip4(struct qs_reader *r, __u32 off, __u32
 					   0;
 	/* more fragments, or an offset */
 	if (wanted && !(qs_be16(ip + 6) & 0x3fff) &&
-	    !qs_ports(r, off + (ip[0] & 0xf) * 4, proto, &word[1]))
+	    !qs_ports(r, at + (ip[0] & 0xf) * 4, proto, &word[1]))
 		return 0;
 	return types & QS_HASH_IP4 ? 0 : -1;
 }
 
+/*
+ * A walk over extension headers.  What has not been seen is at the packet's start, and counters begin
+ * there: the verifier goes through every combination of numbers that it knows.
+ */
 struct qs_ip6_walk {
-	struct qs_reader r;
-	__u32 off;  /* of the header that comes next */
-	__u32 next; /* its protocol number */
+	const struct qs_reader *r;
+	__u64 at;	   /* of the header, or the option, that comes next */
+	__u64 options_end; /* of the destination options that at is in */
+	__u64 fragment;
+	__u64 home, via; /* of addresses to take instead of the source, the destination */
+	__u64 headers, options;
+	__u32 next; /* the header's protocol number */
 	__u32 types;
-	__u32 seen; /* extension headers there were */
-	__u32 no_l4;
-	__u32 opt, opt_end;
-	__u64 home[2], via[2];
-	__u32 has_home, has_via;
 };
 
-static long qs_ip6_option(__u32 i, void *ctx)
+static __always_inline int qs_is_extension(__u32 next)
 {
-	struct qs_ip6_walk *w = ctx;
-	__u32 opt = w->opt;
-	__u8 head[2] __attribute__((aligned(2)));
-
-	if (opt >= w->opt_end || qs_load_far(&w->r, opt, head, 1))
-		return 1;
-	if (head[0] == QS_OPT_PAD1) {
-		w->opt = opt + 1;
-		return 0;
-	}
-	if (opt + 2 > w->opt_end || qs_load_far(&w->r, opt, head, 2) ||
-	    opt + 2 + head[1] > w->opt_end)
-		return 1;
-	if (head[0] == QS_OPT_HOME_ADDRESS && head[1] == 16) {
-		__u64 home[2];
-
-		if (!qs_load_far(&w->r, opt + 2, home, sizeof(home))) {
-			w->home[0] = home[0];
-			w->home[1] = home[1];
-			w->has_home = 1;
-		}
-		return 1;
-	}
-	w->opt = opt + 2 + head[1];
-	return 0;
+	return next == QS_IPPROTO_HOPOPTS || next == QS_IPPROTO_ROUTING ||
+	       next == QS_IPPROTO_FRAGMENT || next == QS_IPPROTO_DSTOPTS || next == QS_IPPROTO_AH;
 }
 
-static long qs_ip6_header(__u32 i, void *ctx)
+/* Nonzero: no more options. */
+static __always_inline int qs_ip6_option(struct qs_ip6_walk *w)
 {
-	struct qs_ip6_walk *w = ctx;
-	__u32 off = w->off, next = w->next;
-	__u8 head[8] __attribute__((aligned(8)));
-	__u32 len;
+	__u8 head[2] __attribute__((aligned(2)));
+	__u64 at = w->at;
 
-	if (next != QS_IPPROTO_HOPOPTS && next != QS_IPPROTO_ROUTING &&
-	    next != QS_IPPROTO_FRAGMENT && next != QS_IPPROTO_DSTOPTS && next != QS_IPPROTO_AH)
+	/* what is one byte short can only be padding, or cut */
+	if (w->options - w->r->start >= QS_EXT_OPTIONS || at + 2 > w->options_end ||
+	    qs_load(w->r, at, head, 2))
 		return 1;
-	w->seen = 1;
-	if (i >= QS_EXT_HEADERS || qs_load_far(&w->r, off, head, sizeof(head))) {
-		w->no_l4 = 1;
-		return 1;
+	w->options++;
+	if (head[0] == QS_OPT_PAD1) {
+		w->at = at + 1;
+		return 0;
 	}
+	at += 2;
+	w->at = at + head[1];
+	if (w->at > w->options_end)
+		return 1;
+	if (head[0] != QS_OPT_HOME_ADDRESS || head[1] != 16)
+		return 0;
+	if (qs_has(w->r, at, 16))
+		w->home = at;
+	return 1;
+}
+
+/* Nonzero: no more headers. */
+static __always_inline int qs_ip6_header(struct qs_ip6_walk *w)
+{
+	__u64 at = w->at;
+	__u32 next = w->next, len;
+	__u8 head[8] __attribute__((aligned(8)));
+
+	if (!qs_is_extension(next))
+		return 1;
+	if (w->headers - w->r->start >= QS_EXT_HEADERS || qs_load(w->r, at, head, sizeof(head)))
+		return 1;
+	w->headers++;
+	w->next = head[0];
 	len = (head[1] + 1) * 8;
+	if (next == QS_IPPROTO_DSTOPTS && (w->types & QS_HASH_EX)) {
+		w->options_end = at + len;
+		w->options = w->r->start;
+		w->at = at + 2;
+		return 0;
+	}
 	if (next == QS_IPPROTO_FRAGMENT) {
 		len = 8;
-		w->no_l4 = 1;
+		w->fragment = at;
 		/* what follows in a later fragment is payload */
 		if (qs_be16(head + 2) & 0xfff8)
 			return 1;
 	} else if (next == QS_IPPROTO_AH) {
 		len = (head[1] + 2) * 4;
 	} else if (next == QS_IPPROTO_ROUTING && head[2] == 2 && head[1] == 2) {
-		__u64 via[2];
-
-		if (!qs_load_far(&w->r, off + 8, via, sizeof(via))) {
-			w->via[0] = via[0];
-			w->via[1] = via[1];
-			w->has_via = 1;
-		}
-	} else if (next == QS_IPPROTO_DSTOPTS && (w->types & QS_HASH_EX)) {
-		w->opt = off + 2;
-		w->opt_end = off + len;
-		bpf_loop(QS_EXT_OPTIONS, qs_ip6_option, w, 0);
+		if (qs_has(w->r, at + 8, 16))
+			w->via = at + 8;
 	}
-	w->next = head[0];
-	w->off = off + len;
+	w->at = at + len;
 	return 0;
 }
 
-static __always_inline int qs_classify_ip6(struct qs_reader *r, __u32 off, __u32 types,
+/*
+ * One header or one option.  They take turns in one loop, since the verifier goes through a loop in a
+ * loop very often.
+ */
+static __always_inline int qs_ip6_step(struct qs_ip6_walk *w)
+{
+	/* all of it stays where it is, instead of a second time where the compiler keeps what it read */
+	asm volatile("" ::: "memory");
+	if (w->options_end == w->r->start)
+		return qs_ip6_header(w);
+	if (qs_ip6_option(w)) {
+		w->at = w->options_end;
+		w->options_end = w->r->start;
+	}
+	return 0;
+}
+
+static long qs_ip6_loop(__u32 i, void *ctx)
+{
+	return qs_ip6_step(ctx);
+}
+
+/* Take an address if there is one. */
+static __always_inline void qs_ip6_address(const struct qs_reader *r, __u64 at, __u64 word[2])
+{
+	__u64 address[2];
+
+	if (at == r->start || qs_load(r, at, address, sizeof(address)))
+		return;
+	word[0] = bpf_be64_to_cpu(address[0]);
+	word[1] = bpf_be64_to_cpu(address[1]);
+}
+
+static __always_inline int qs_classify_ip6(struct qs_reader *r, __u64 at, __u32 types,
 					   __u64 word[QS_WORDS])
 {
-	__u8 ip[40] __attribute__((aligned(8)));
+	__u8 ip[8] __attribute__((aligned(8)));
+	struct qs_ip6_walk w;
 	__u32 tcp, udp;
-	struct qs_ip6_walk w = {};
 
-	if (qs_load(r, off, ip, sizeof(ip)))
+	if (qs_load(r, at, ip, sizeof(ip)) || qs_load(r, at + 8, word, 32))
 		return -1;
 	if ((ip[0] >> 4) != 6)
 		return -1;
 	for (int i = 0; i < 4; i++)
-		word[i] = qs_be64(ip + 8 + i * 8);
+		word[i] = bpf_be64_to_cpu(word[i]);
+	word[4] = 0;
 
-	w.r = *r;
-	w.off = off + 40;
+	w.r = r;
+	w.at = at + 40;
 	w.next = ip[6];
 	w.types = types;
-	if (w.next != QS_IPPROTO_TCP && w.next != QS_IPPROTO_UDP)
-		bpf_loop(QS_EXT_HEADERS + 1, qs_ip6_header, &w, 0);
+	w.options_end = w.fragment = w.home = w.via = w.headers = w.options = r->start;
+	asm volatile("" ::: "memory");
+	/* Most have one header and one option; a turn of the loop costs two calls. */
+	if (!qs_ip6_step(&w) && !qs_ip6_step(&w))
+		bpf_loop(QS_EXT_STEPS, qs_ip6_loop, &w, 0);
 
+	asm volatile("" ::: "memory");
 	tcp = w.next == QS_IPPROTO_TCP;
 	udp = w.next == QS_IPPROTO_UDP;
-	if (w.no_l4 || qs_ports(r, w.off, w.next, &word[4]))
+	if (w.fragment != r->start || qs_ports(r, w.at, w.next, &word[4]))
 		tcp = udp = 0;
 
-	if (w.seen) {
+	if (qs_is_extension(ip[6]) && (types & QS_HASH_EX)) {
 		int ex = 1;
 
 		if (tcp && (types & QS_HASH_TCP_EX))
@@ -225,14 +312,8 @@ static __always_inline int qs_classify_ip6(struct qs_reader *r, __u32 off, __u32
 		else
 			ex = 0;
 		if (ex) {
-			if (w.has_home) {
-				word[0] = qs_be64(&w.home[0]);
-				word[1] = qs_be64(&w.home[1]);
-			}
-			if (w.has_via) {
-				word[2] = qs_be64(&w.via[0]);
-				word[3] = qs_be64(&w.via[1]);
-			}
+			qs_ip6_address(r, w.home, word);
+			qs_ip6_address(r, w.via, word + 2);
 			return 0;
 		}
 	}
@@ -248,10 +329,11 @@ static __always_inline int qs_classify_ip6(struct qs_reader *r, __u32 off, __u32
 static __always_inline int qs_classify(struct __sk_buff *skb, struct qs_reader *r, __u32 types,
 				       __u64 word[QS_WORDS])
 {
-	__u32 off = 12, proto;
+	__u64 at = r->start + 12;
+	__u32 proto;
 	__u16 be;
 
-	if (qs_load(r, off, &be, sizeof(be)))
+	if (qs_load(r, at, &be, sizeof(be)))
 		return -1;
 	proto = bpf_ntohs(be);
 	for (int tags = 0; tags < 2; tags++) {
@@ -260,41 +342,16 @@ static __always_inline int qs_classify(struct __sk_buff *skb, struct qs_reader *
 		/* the first of three tags may travel outside of the packet's data */
 		if (tags == 1 && skb->vlan_present)
 			return -1;
-		off += 4;
-		if (qs_load(r, off, &be, sizeof(be)))
+		at += 4;
+		if (qs_load(r, at, &be, sizeof(be)))
 			return -1;
 		proto = bpf_ntohs(be);
 	}
 	if (proto == QS_ETH_P_IP)
-		return qs_classify_ip4(r, off + 2, types, word);
+		return qs_classify_ip4(r, at + 2, types, word);
 	if (proto == QS_ETH_P_IPV6)
-		return qs_classify_ip6(r, off + 2, types, word);
+		return qs_classify_ip6(r, at + 2, types, word);
 	return -1;
-}
-
-/* The low seven bits of the Toeplitz hash; key[QS_WORDS] is 0. */
-static __always_inline __u32 qs_bucket(const __u64 word[QS_WORDS], const __u64 key[QS_KEY_WORDS])
-{
-	__u64 bytes = 0;
-
-#pragma unroll
-	for (int j = 0; j < 7; j++) {
-		__u64 x = 0;
-
-#pragma unroll
-		for (int i = 0; i < QS_WORDS; i++)
-			x ^= word[i] & (key[i] << (31 - j) | key[i + 1] >> (33 + j));
-		x ^= x >> 32;
-		x ^= x >> 16;
-		x ^= x >> 8;
-		bytes |= (x & 0xff) << (8 * j);
-	}
-	/* the parity of each byte, in its lowest bit */
-	bytes ^= bytes >> 4;
-	bytes ^= bytes >> 2;
-	bytes ^= bytes >> 1;
-	/* byte j's lowest bit becomes bit 56 + j of the product, and nothing carries into them */
-	return ((bytes & 0x0101010101010101ULL) * 0x0102040810204080ULL) >> 56;
 }
 
 #endif

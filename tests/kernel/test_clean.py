@@ -61,8 +61,7 @@ def pinned(name: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def stub_over(bodies: int) -> Iterator[programs.Program]:
-    program = programs._load(Build.SHARED_BODY, TAP, Source.STATIC, 0, bodies)
-    programs._write_config(program, CONFIG)
+    program = programs._load(Build.SHARED_BODY, TAP, Source.STATIC, 0, CONFIG, bodies)
     try:
         yield program
     finally:
@@ -99,8 +98,7 @@ def test_bodies(namespace: str) -> None:
         with pinned("v3/bodies-attached") as bodies, stub_over(bodies) as program:
             tap.attach(program)
         with pinned("v1/bodies-held") as bodies:
-            held = programs._load(Build.SHARED_BODY, TAP, Source.STATIC, 0, bodies)
-        programs._write_config(held, CONFIG)
+            held = programs._load(Build.SHARED_BODY, TAP, Source.STATIC, 0, CONFIG, bodies)
         wanted = clean.plan(clean.fetch())
         assert "would remove  /sys/fs/bpf/qsteer/v2/bodies-of-map-17: shared body, used by no program" in str(wanted)
         done = cleaned()

@@ -222,8 +222,8 @@ def test_off_killed_before_it_detaches(steered: int) -> None:
     assert support.qsteer("apply", "--pid", str(os.getpid())).returncode == 0
 
 
-def test_refresh_goes_on_with_the_maps(steered: int) -> None:
-    """The same three maps in another program, with whatever they hold."""
+def test_refresh_goes_on_with_the_configuration(steered: int) -> None:
+    """The same configuration in another program."""
     before = seen()
     assert before.program and before.program.ident
     done = execute.execute(
@@ -237,9 +237,7 @@ def test_refresh_goes_on_with_the_maps(steered: int) -> None:
     )
     after = seen()
     assert after.program and after.program_id == done != steered
-    maps = [(info.config_id, info.key_id, info.table_id) for info in (before.program, after.program)]
-    assert maps[0] == maps[1]
-    assert after.content == before.content
+    assert before.content and after.content == before.content
     assert after.program.ident == before.program.ident
 
 
@@ -259,12 +257,29 @@ def test_a_refresh_of_what_went_away(steered: int, tap: support.TapUnderTest) ->
 
 
 @pytest.mark.parametrize("build", support.BUILDS)
-def test_maps_of_others_are_never_used(tap: support.TapUnderTest, build: Build) -> None:
+def test_maps_that_qemu_writes_are_handed_on(need_root: None, build: Build) -> None:
+    """The very maps, whatever they hold; a configuration that qsteer was given is handed on as it is."""
+    config = RssConfig(types=BASE_TYPES, key=bytes(range(40)), table=(3, 1), unclassified_queue=1)
+    for source in (Source.SHARED_MAPS, Source.STATIC):
+        first = programs.load_program(tap="qs-tap", source=source, config=config, build=build)
+        before = programs.program_info(first.id)
+        second = programs.load_program(tap="qs-tap", source=source, maps_of=before, build=build)
+        after = programs.program_info(second.id)
+        maps = [(info.config_id, info.key_id, info.table_id) for info in (before, after)]
+        assert source is Source.STATIC or (maps[0] == maps[1] and all(maps[0]))
+        assert programs.read_maps(after).config == config
+        for packet in standin.PACKETS:
+            assert programs.run_program(second.prog_fd, packet).queue == queue_of(packet, config)
+        first.close()
+        second.close()
+
+
+@pytest.mark.parametrize("source", [Source.STATIC, Source.SHARED_MAPS])
+@pytest.mark.parametrize("build", support.BUILDS)
+def test_maps_of_others_are_never_used(need_root: None, build: Build, source: Source) -> None:
     foreign = support.foreign_program(1)
-    with pytest.raises(UnsupportedError, match="no maps"):
-        programs.load_program(
-            tap="qs-tap", source=Source.STATIC, maps_of=programs.program_info_of(foreign), build=build
-        )
+    with pytest.raises(UnsupportedError, match=r"has no (RSS )?maps"):
+        programs.load_program(tap="qs-tap", source=source, maps_of=programs.program_info_of(foreign), build=build)
     os.close(foreign)
 
 
@@ -272,7 +287,7 @@ def test_maps_of_others_are_never_used(tap: support.TapUnderTest, build: Build) 
 def test_maps_that_are_laid_out_otherwise(tap: support.TapUnderTest, build: Build) -> None:
     """Each in the place of another, of another size; and one that BPF may only read, of the right size."""
     bodies = programs._shared_bodies() if build is Build.SHARED_BODY else programs.NO_BODIES
-    program = programs.load_program(tap="qs-tap", source=Source.STATIC)
+    program = programs.load_program(tap="qs-tap", source=Source.SHARED_MAPS)
     config, key, table = program.fds[1:]
     read_only = private.array_map(b"tap_rss_map_con", 10, flags=private.BPF_F_RDONLY_PROG)
     cases = (
@@ -285,9 +300,9 @@ def test_maps_that_are_laid_out_otherwise(tap: support.TapUnderTest, build: Buil
     try:
         for maps in cases:
             with pytest.raises(UnsupportedError) as caught:
-                programs._load(build, "qs-tap", Source.STATIC, 0, bodies, maps)
+                programs._load(build, "qs-tap", Source.SHARED_MAPS, 0, None, bodies, maps)
             assert caught.value.errno == errno.EOPNOTSUPP
-        programs._load(build, "qs-tap", Source.STATIC, 0, bodies, (config, key, table)).close()
+        programs._load(build, "qs-tap", Source.SHARED_MAPS, 0, None, bodies, (config, key, table)).close()
     finally:
         program.close()
         os.close(read_only)
@@ -305,7 +320,7 @@ def test_maps_of_an_old_qemu(tap: support.TapUnderTest, build: Build) -> None:
         private.array_map(b"tap_rss_map_ind", 2, entries=128),
     )
     bodies = programs._shared_bodies() if build is Build.SHARED_BODY else programs.NO_BODIES
-    program = programs._load(build, "qs-tap", Source.QEMU_MAPS, 0, bodies, maps)
+    program = programs._load(build, "qs-tap", Source.QEMU_MAPS, 0, None, bodies, maps)
     try:
         programs._write_config(program, config)
         info = programs.program_info(program.id)

@@ -2,18 +2,22 @@
 """Both builds of the steering program against the reference: one packet, one queue, whoever computes it."""
 
 import contextlib
+import ctypes
+import errno
 import os
 import random
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 
-from qsteer import kernel, programs, shim
-from qsteer.errors import QsteerError
-from qsteer.model import Build, Kind, Source
+from qsteer import kernel, model, programs, shim
+from qsteer.errors import NotFoundError, QsteerError
+from qsteer.model import Build, Source
 from qsteer.programs import Program
 from qsteer.reference import classify, queue_of
 from qsteer.rss import RssConfig
@@ -22,7 +26,23 @@ from tests.kernel import support
 
 pytestmark = pytest.mark.root
 
-BUILDS = support.BUILDS
+
+class Kind(NamedTuple):
+    """How a program is loaded: its configuration is frozen into the shared body's stub, or in maps that QEMU writes."""
+
+    build: Build
+    source: Source
+
+    def __str__(self) -> str:
+        return f"{self.build}-{self.source}"
+
+
+KINDS = tuple(
+    Kind(build, source)
+    for build in support.BUILDS
+    for source in (Source.STATIC, Source.SHARED_MAPS)
+    if build is Build.SHARED_BODY or source is Source.STATIC
+)
 QUEUES = 16
 SO_ATTACH_BPF = 50
 
@@ -32,18 +52,18 @@ EVERYTHING = RssConfig(
 
 
 @contextlib.contextmanager
-def loaded(build: Build, config: RssConfig) -> Iterator[Program]:
-    program = programs.load_program(tap="qs-tap", source=Source.STATIC, config=config, build=build)
+def loaded(kind: Kind, config: RssConfig) -> Iterator[Program]:
+    program = programs.load_program(tap="qs-tap", source=kind.source, config=config, build=kind.build)
     try:
         yield program
     finally:
         program.close()
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("packet", [pytest.param(packet, id=name) for name, packet in packets.GOLDEN])
-def test_golden_packets(build: Build, packet: bytes) -> None:
-    with loaded(build, EVERYTHING) as program:
+def test_golden_packets(kind: Kind, packet: bytes) -> None:
+    with loaded(kind, EVERYTHING) as program:
         try:
             answer = programs.run_program(program.prog_fd, packet)
         except QsteerError:
@@ -60,8 +80,10 @@ def test_random_packets() -> None:
     run = refused = hashed = 0
     for seed in range(100):
         config = packets.random_config(rng)
+        if seed % 2:  # what can be frozen
+            config = replace(config, table=tuple(entry % 256 for entry in config.table))
         with contextlib.ExitStack() as stack:
-            built = [stack.enter_context(loaded(build, config)) for build in BUILDS]
+            built = [stack.enter_context(loaded(kind, config)) for kind in KINDS]
             for packet in packets.random_packets(seed, 1050):
                 try:
                     answers = [programs.run_program(program.prog_fd, packet) for program in built]
@@ -94,17 +116,17 @@ def cut_packets() -> list[bytes]:
     return cut
 
 
-@pytest.mark.parametrize("build", BUILDS)
-def test_on_a_tap(namespace: str, build: Build) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_on_a_tap(namespace: str, kind: Kind) -> None:
     """Random packets, and golden ones cut short, as tun itself runs the program."""
     shapes = [*packets.random_packets(77, 1500), *cut_packets()]
-    with support.tap("qs-tap", QUEUES) as tap, loaded(build, EVERYTHING) as program, support.sender(tap.name) as sock:
+    with support.tap("qs-tap", QUEUES) as tap, loaded(kind, EVERYTHING) as program, support.sender(tap.name) as sock:
         tap.attach(program)
         for packet in shapes:
             assert through(tap, sock, packet) == queue_of(packet, EVERYTHING) % QUEUES, packet.hex()
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(
     "tags",
     [
@@ -115,13 +137,13 @@ def test_on_a_tap(namespace: str, build: Build) -> None:
         (0x8100, 0x8100, 0x8100),
     ],
 )
-def test_vlan_through_a_bridge(namespace: str, build: Build, tags: tuple[int, ...]) -> None:
+def test_vlan_through_a_bridge(namespace: str, kind: Kind, tags: tuple[int, ...]) -> None:
     """On the way through veth and bridge the outer tag leaves the packet's data."""
     support.add_bridge("qs-br")
     support.add_veth("qs-veth", "qs-peer")
     support.links_up("qs-veth")
     support.links_up("qs-peer", master="qs-br")
-    with support.tap("qs-tap", QUEUES) as tap, loaded(build, EVERYTHING) as program, support.sender("qs-veth") as sock:
+    with support.tap("qs-tap", QUEUES) as tap, loaded(kind, EVERYTHING) as program, support.sender("qs-veth") as sock:
         support.links_up(tap.name, master="qs-br")
         tap.attach(program)
         for packet in flows(tags):
@@ -146,9 +168,9 @@ def flows(tags: tuple[int, ...] = ()) -> list[bytes]:
     return made
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("linear", [14, 18, 22, 30, 40, 58])
-def test_headers_outside_of_the_linear_area(namespace: str, build: Build, linear: int) -> None:
+def test_headers_outside_of_the_linear_area(namespace: str, kind: Kind, linear: int) -> None:
     """Another guest's tap, with a small hdr_len in the virtio-net header, leaves only that many bytes linear.
 
     tun does so from a page on (drivers/net/tun.c: tun_alloc_skb), hence jumbo frames.
@@ -159,7 +181,7 @@ def test_headers_outside_of_the_linear_area(namespace: str, build: Build, linear
     with (
         support.tap("qs-tap", QUEUES) as tap,
         support.tap("qs-from", 1) as guest,
-        loaded(build, EVERYTHING) as program,
+        loaded(kind, EVERYTHING) as program,
     ):
         support.links_up(tap.name, guest.name, "qs-br", mtu=9000)
         support.links_up(tap.name, guest.name, master="qs-br")
@@ -170,12 +192,12 @@ def test_headers_outside_of_the_linear_area(namespace: str, build: Build, linear
             assert tap.receive() == (queue_of(packet, EVERYTHING) % QUEUES, packet)
 
 
-@pytest.mark.parametrize("build", BUILDS)
-def test_nothing_is_read_on_a_unix_socket(build: Build) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_nothing_is_read_on_a_unix_socket(kind: Kind) -> None:
     """QEMU has the program's fd; what the program returns must tell nothing of the kernel's memory."""
-    config = RssConfig(types=packets.ALL_TYPES, key=EVERYTHING.key, table=(600,) * 128, unclassified_queue=7)
+    config = RssConfig(types=packets.ALL_TYPES, key=EVERYTHING.key, table=(250,) * 128, unclassified_queue=7)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with loaded(build, config) as program, ours, theirs:
+    with loaded(kind, config) as program, ours, theirs:
         theirs.setsockopt(socket.SOL_SOCKET, SO_ATTACH_BPF, program.prog_fd)
         theirs.settimeout(support.WAIT_S)
         for message in [*(bytes((0x45,)) * length for length in (1, 2, 13, 14, 15, 20, 34, 1000)), *flows()]:
@@ -186,9 +208,9 @@ def test_nothing_is_read_on_a_unix_socket(build: Build) -> None:
 
 @pytest.mark.shared_body
 def test_nothing_is_read_on_a_udp_socket() -> None:
-    config = RssConfig(types=packets.ALL_TYPES, key=EVERYTHING.key, table=(600,) * 128, unclassified_queue=20)
+    config = RssConfig(types=packets.ALL_TYPES, key=EVERYTHING.key, table=(250,) * 128, unclassified_queue=20)
     with (
-        loaded(Build.SHARED_BODY, config) as program,
+        loaded(Kind(Build.SHARED_BODY, Source.STATIC), config) as program,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as theirs,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours,
     ):
@@ -201,18 +223,18 @@ def test_nothing_is_read_on_a_udp_socket() -> None:
             assert len(theirs.recv(2000)) == min(12, length)
 
 
-@pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize("kind", [socket.SOCK_RAW, socket.SOCK_DGRAM], ids=["raw", "dgram"])
-def test_on_a_packet_socket(namespace: str, build: Build, kind: int) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("socket_type", [socket.SOCK_RAW, socket.SOCK_DGRAM], ids=["raw", "dgram"])
+def test_on_a_packet_socket(namespace: str, kind: Kind, socket_type: int) -> None:
     """The reference's answer, whether the socket's data starts at the MAC header or at the IP header."""
     config = RssConfig(types=packets.ALL_TYPES, key=EVERYTHING.key, table=tuple(range(100, 228)), unclassified_queue=99)
     everything = 3  # ETH_P_ALL
     support.add_veth("qs-veth", "qs-peer")
     support.links_up("qs-veth", "qs-peer")
     with (
-        loaded(build, config) as program,
+        loaded(kind, config) as program,
         support.sender("qs-veth") as sock,
-        socket.socket(socket.AF_PACKET, kind, socket.htons(everything)) as theirs,
+        socket.socket(socket.AF_PACKET, socket_type, socket.htons(everything)) as theirs,
     ):
         theirs.bind(("qs-peer", everything))
         theirs.settimeout(support.WAIT_S)
@@ -224,11 +246,15 @@ def test_on_a_packet_socket(namespace: str, build: Build, kind: int) -> None:
             assert len(theirs.recv(2000)) == queue_of(longer, config)
 
 
-@pytest.mark.parametrize("build", BUILDS)
-def test_hostile_maps(tap: support.TapUnderTest, build: Build) -> None:
+WITH_MAPS = tuple(kind for kind in KINDS if kind.build is Build.COMPLETE or kind.source is Source.SHARED_MAPS)
+"""Where the configuration is in maps that may be written to."""
+
+
+@pytest.mark.parametrize("kind", WITH_MAPS, ids=str)
+def test_hostile_maps(tap: support.TapUnderTest, kind: Kind) -> None:
     """Whatever QEMU writes into the maps, packets go somewhere, and to the unclassified queue if it makes no sense."""
     packet = flows()[0]
-    with loaded(build, EVERYTHING) as program:
+    with loaded(kind, EVERYTHING) as program:
         for length, types, redirect in (
             (0, 511, 1),
             (100, 511, 1),
@@ -255,8 +281,56 @@ def write_config(program: Program, *, redirect: int, types: int, length: int, un
     assert lib.qs_config_write(program.config_fd, program.key_fd, program.table_fd, raw, EVERYTHING.key, table) == 0
 
 
-@pytest.mark.parametrize("build", BUILDS)
-def test_two_taps_with_one_ifindex(need_root: None, build: Build) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_small_tables(kind: Kind) -> None:
+    """Tables of every length, and of every period: where few bits of the hash are needed, few are computed."""
+    shapes = [packet for _, packet in packets.GOLDEN[::9]] + flows()
+    rng = random.Random(7)
+    for length in (1, 2, 4, 8, 16, 32, 64, 128):
+        for period in (1, 2, 4, 8, 16, 32, 64, 128):
+            if period > length:
+                continue
+            entries = tuple(rng.sample(range(256), period)) * (length // period)
+            for table in (entries, (*entries[:-1], (entries[-1] + 1) % 256)):  # and one that nearly repeats itself
+                config = replace(EVERYTHING, table=table)
+                with loaded(kind, config) as program:
+                    for packet in shapes:
+                        if len(packet) >= 14 + 40:
+                            assert programs.run_program(program.prog_fd, packet).queue == queue_of(packet, config)
+
+
+def test_queues_beyond_a_byte(need_root: None) -> None:
+    """A guest may ask for a queue that no tap has; the configuration is then kept as QEMU keeps it."""
+    config = replace(EVERYTHING, table=tuple(range(200, 328)))
+    for kind in KINDS:
+        with loaded(kind, config) as program:
+            for packet in flows():
+                assert programs.run_program(program.prog_fd, packet).queue == queue_of(packet, config)
+            assert programs.read_maps(programs.program_info(program.id)).config == config
+
+
+@pytest.mark.shared_body
+def test_what_is_frozen_stays_so(need_root: None) -> None:
+    """Nobody writes to it any more, and it goes with the program."""
+    with loaded(Kind(Build.SHARED_BODY, Source.STATIC), EVERYTHING) as program:
+        info = programs.program_info(program.id)
+        assert info.frozen_id and not info.has_maps and programs.read_maps(info).config == EVERYTHING
+        with programs._map_by_id(info.frozen_id) as fd:
+            libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
+            assert libbpf.bpf_map_update_elem(fd, bytes(4), bytes(4096), ctypes.c_uint64(0)) == -errno.EPERM
+
+    def gone() -> bool:
+        try:
+            with programs._map_by_id(info.frozen_id):
+                return False
+        except NotFoundError:
+            return True
+
+    support.wait_until("the map is gone", gone)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_two_taps_with_one_ifindex(need_root: None, kind: Kind) -> None:
     """Each pod has a tap of the same name and ifindex; each is steered by its own table."""
     with contextlib.ExitStack() as stack:
         taps = []
@@ -264,7 +338,7 @@ def test_two_taps_with_one_ifindex(need_root: None, build: Build) -> None:
             namespace = stack.enter_context(support.network_namespace())
             tap = stack.enter_context(support.tap("qs-tap", 4))
             config = RssConfig(types=packets.ALL_TYPES, key=EVERYTHING.key, table=(queue,))
-            tap.attach(stack.enter_context(loaded(build, config)))
+            tap.attach(stack.enter_context(loaded(kind, config)))
             taps.append((namespace, tap, queue))
         seen = [open_queue for open_queue in kernel.open_queues() if open_queue.pid == os.getpid()]
         assert len({open_queue.ifindex for open_queue in seen}) == 1
@@ -275,9 +349,9 @@ def test_two_taps_with_one_ifindex(need_root: None, build: Build) -> None:
 
 
 def test_what_is_loaded_says_who_it_is() -> None:
-    with loaded(Build.COMPLETE, EVERYTHING) as program:
+    with loaded(Kind(Build.COMPLETE, Source.STATIC), EVERYTHING) as program:
         info = programs.program_info(program.id)
-        assert info.kind is Kind.QSTEER
+        assert info.kind is model.Kind.QSTEER
         assert info.ident and info.ident.tap == "qs-tap" and info.ident.build is Build.COMPLETE
         assert programs.read_maps(info).config == EVERYTHING
 
@@ -290,8 +364,8 @@ def test_the_body_is_gone(tap: support.TapUnderTest) -> None:
     empty = ffi.new("int *")
     body = str(shim.OBJECTS / "tap_body.bpf.o").encode()
     assert lib.qs_bodies_create(body, empty) == 0
-    program = programs._load(Build.SHARED_BODY, "qs-tap", Source.STATIC, 0, empty[0])
-    programs._write_config(program, EVERYTHING)
+    program = programs._load(Build.SHARED_BODY, "qs-tap", Source.STATIC, 0, EVERYTHING, empty[0])
+
     try:
         info = programs.program_info(program.id)
         assert programs.body_present(info)
@@ -319,10 +393,10 @@ def test_the_body_is_gone(tap: support.TapUnderTest) -> None:
 def test_the_verifier_has_room(need_root: None) -> None:
     """It stops at a million instructions; other compilers and kernels need more of them than this one."""
     with contextlib.ExitStack() as stack:
-        for build in BUILDS:
-            program = stack.enter_context(loaded(build, EVERYTHING))
+        for kind in KINDS:
+            program = stack.enter_context(loaded(kind, EVERYTHING))
             assert programs.program_info(program.id).verified_instructions < 200_000
-    if Build.SHARED_BODY in BUILDS:
+    if Build.SHARED_BODY in support.BUILDS:
         bodies = programs._shared_bodies()
         assert programs.program_info(programs.body_in(bodies)).verified_instructions < 200_000
         os.close(bodies)

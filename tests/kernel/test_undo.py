@@ -206,8 +206,7 @@ def refresh_shared(tap: support.TapUnderTest, stack: contextlib.ExitStack) -> tu
 
 def refill(tap: support.TapUnderTest, stack: contextlib.ExitStack) -> tuple[Step, ...]:
     bodies = private.unpinned_bodies()
-    program = programs._load(Build.SHARED_BODY, TAP, Source.STATIC, 0, bodies)
-    programs._write_config(program, OLD)
+    program = programs._load(Build.SHARED_BODY, TAP, Source.STATIC, 0, OLD, bodies)
     tap.attach(program)
     program.close()
     os.close(bodies)

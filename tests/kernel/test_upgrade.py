@@ -92,10 +92,10 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Version:
         shutil.copy(ROOT / name, root / name)
     rewrite(root / "qsteer/__init__.py", f'"{__version__}"', f'"{NEXT_VERSION}"')
     rewrite(root / "c/bpf/abi.h", f"#define QS_ABI {lib.QS_ABI}\n", f"#define QS_ABI {lib.QS_ABI + 1}\n")
+    clears = "\tQS_CB_WORD(skb) = 0;\n"
     rewrite(
-        root / "c/bpf/tap_body.bpf.c", "\tstruct qs_reader r;\n", "\tstruct qs_reader r;\n\tvolatile __u32 next = 2;\n"
+        root / "c/bpf/tap_body.bpf.c", clears, f"\tvolatile __u32 next = 2;\n\n{clears.replace('0', 'next - next')}"
     )
-    rewrite(root / "c/bpf/tap_body.bpf.c", "\tskb->cb[4] = 0;\n", "\tskb->cb[4] = next - next;\n")
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     done = subprocess.run(build, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -47,6 +47,7 @@ def program(kind: Kind, *, id: int = 7, source: Source = Source.STATIC, displace
         config_id=maps[0],
         key_id=maps[1],
         table_id=maps[2],
+        frozen_id=0,
         bodies_id=0,
         verified_instructions=0,
         ident=ident,
