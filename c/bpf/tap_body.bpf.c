@@ -54,126 +54,83 @@ int qsteer_body(struct __sk_buff *skb)
 	struct sk_buff *k = bpf_cast_to_kern_ctx(skb);
 	__u64 mac = (__u64)k->head + k->mac_header;
 	__u64 pulled = (__u64)k->data - mac;
-	__s32 linear = k->tail - k->mac_header, needed;
-	const volatile struct qs_words *p = qs_words_at(mac + 6);
-	__u64 ip, l4, source, rest, key_at, table_at, window[QS_WINDOWS], word[QS_WORDS];
-	__u32 config = QS_CB_WORD(skb), wanted, bucket;
-	struct qs_products x;
-	__u16 proto;
+	struct qs_frame frame = {
+		.p = qs_words_at(mac + 6),
+		.linear = k->tail - k->mac_header,
+	};
+	__u64 window[QS_WINDOWS], word[QS_WORDS], chunk[2], low, high, key_at, table_at;
+	__u32 config = QS_CB_WORD(skb), bucket;
+	struct qs_hashing h;
+	int verdict;
 
 	if (pulled != 0 && pulled != QS_ETH_HLEN)
 		goto unclassified;
-	if (linear < QS_ETH_HLEN + 20)
+	if (frame.linear < QS_IP4_LINEAR)
 		goto slow;
-	proto = qs_last16(p->word[0]);
-	if (proto != bpf_htons(QS_ETH_P_IP) && proto != bpf_htons(QS_ETH_P_IPV6)) {
-		if (!qs_is_tag(proto))
-			goto unclassified;
-		linear -= 4;
-		if (linear < QS_ETH_HLEN + 20)
-			goto slow;
-		p = qs_words_at((__u64)p + 4);
-		proto = qs_last16(p->word[0]);
-		if (qs_is_tag(proto)) {
-			/* the first of three may travel outside of the packet's data */
-			if (skb->vlan_present)
-				goto unclassified;
-			linear -= 4;
-			if (linear < QS_ETH_HLEN + 20)
-				goto slow;
-			p = qs_words_at((__u64)p + 4);
-			proto = qs_last16(p->word[0]);
-		}
+	frame.proto = qs_last16(frame.p->word[0]);
+	if (frame.proto != bpf_htons(QS_ETH_P_IP) && frame.proto != bpf_htons(QS_ETH_P_IPV6)) {
+		verdict = qs_untag(skb, &frame);
+		if (verdict)
+			goto ends;
 	}
-	if (proto == bpf_htons(QS_ETH_P_IP)) {
-		ip = p->word[1];
-		source = p->word[2];
-		rest = bpf_be64_to_cpu(p->word[3]);
-		if ((ip & QS_BYTE(0, 0xff)) != QS_BYTE(0, QS_IP4_PLAIN))
-			goto slow;
-		l4 = source & QS_BYTE(1, 0xff);
-		source = bpf_be64_to_cpu(source);
-		if (ip & bpf_cpu_to_be64(QS_IP4_FRAGMENT_BITS)) {
-			l4 = 0;
-		}
-		if (l4 == QS_BYTE(1, QS_IPPROTO_TCP) && (config & QS_IN_WORD(QS_HASH_TCP4))) {
-			if (linear < QS_ETH_HLEN + 20 + 20)
-				goto slow;
-		} else if (l4 == QS_BYTE(1, QS_IPPROTO_UDP) &&
-			   (config & QS_IN_WORD(QS_HASH_UDP4))) {
-			if (linear < QS_ETH_HLEN + 20 + 8)
-				goto slow;
-		} else if (config & QS_IN_WORD(QS_HASH_IP4)) {
-			rest &= ~0xffffffffULL;
-		} else {
-			goto unclassified;
-		}
+
+	if (frame.proto == bpf_htons(QS_ETH_P_IP)) {
+		verdict = qs_fast_ip4(&frame, config, chunk);
+		if (verdict)
+			goto ends;
 		qs_tap_windows(QS_CB(skb, 0), QS_CB(skb, 1), 1, window);
-		if (!(config & QS_MORE_THAN_2_BITS)) {
-			x = qs_products_ip4(window, source, rest, 2);
-			goto two;
+		if (config & QS_MORE_THAN_2_BITS) {
+			low = qs_part_ip4(window, chunk, QS_BITS_0_TO_3);
+			high = qs_part_ip4(window, chunk, QS_BITS_4_TO_6);
+			goto seven;
 		}
-		x = qs_products_ip4(window, source, rest, 7);
-	} else if (proto == bpf_htons(QS_ETH_P_IPV6)) {
-		if (linear < QS_ETH_HLEN + 40)
-			goto slow;
-		ip = p->word[1];
-		if ((ip & QS_BYTE(0, 0xf0)) != QS_BYTE(0, 0x60))
-			goto slow;
-		l4 = ip & QS_BYTE(6, 0xff);
-		if (l4 == QS_BYTE(6, QS_IPPROTO_TCP)) {
-			wanted = QS_IN_WORD(QS_HASH_TCP6);
-			needed = QS_ETH_HLEN + 40 + 20;
-		} else if (l4 == QS_BYTE(6, QS_IPPROTO_UDP)) {
-			wanted = QS_IN_WORD(QS_HASH_UDP6);
-			needed = QS_ETH_HLEN + 40 + 8;
-		} else {
-			goto slow;
-		}
-		word[4] = 0;
-		if (config & wanted) {
-			if (linear < needed)
-				goto slow;
-			word[4] = bpf_be64_to_cpu(p->word[6]) & ~0xffffffffULL;
-		} else if (!(config & QS_IN_WORD(QS_HASH_IP6))) {
-			goto unclassified;
-		}
-#pragma unroll
-		for (int i = 0; i < 4; i++)
-			word[i] = bpf_be64_to_cpu(p->word[2 + i]);
-hash:
-		qs_tap_windows(QS_CB(skb, 0), QS_CB(skb, 1), 0, window);
-		if (!(config & QS_MORE_THAN_2_BITS)) {
-			x = qs_products(window, word, 2);
-			goto two;
-		}
-		x = qs_products(window, word, 7);
-	} else {
-		goto unclassified;
+		low = qs_part_ip4(window, chunk, QS_BITS_0_TO_1);
+		goto two;
 	}
-	bucket = qs_products_hash(&x, 7);
+	if (frame.proto != bpf_htons(QS_ETH_P_IPV6))
+		goto unclassified;
+	verdict = qs_fast_ip6(&frame, config, word);
+	if (verdict)
+		goto ends;
+	qs_chunks(&h, word);
+hash:
+	qs_tap_windows(QS_CB(skb, 0), QS_CB(skb, 1), 0, window);
+#pragma unroll
+	for (int i = 0; i < QS_WINDOWS; i++)
+		h.window[i] = window[i];
+	if (config & QS_MORE_THAN_2_BITS) {
+		low = qs_part(&h, QS_BITS_0_TO_3);
+		high = qs_part(&h, QS_BITS_4_TO_6);
+		goto seven;
+	}
+	low = qs_part(&h, QS_BITS_0_TO_1);
+	goto two;
+
+seven:
+	bucket = qs_hash_7(low, high);
+	goto found;
+two:
+	bucket = qs_hash_2(low);
 found:
 	key_at = QS_CB(skb, 0);
 	table_at = QS_CB(skb, 1);
 	qs_cb_clear(skb);
 	return qs_queue(key_at, table_at, bucket & QS_WORD_MASK(config));
 
-two:
-	bucket = qs_products_hash(&x, 2);
-	goto found;
-unclassified:
-	qs_cb_clear(skb);
-	return QS_WORD_QUEUE(config);
+ends:
+	if (verdict == QS_UNCLASSIFIED)
+		goto unclassified;
 slow : {
 	struct qs_input input = {};
 
 	if (qs_slow(skb, QS_WORD_TYPES(config), &input))
 		goto unclassified;
-#pragma unroll
-	for (int i = 0; i < QS_WORDS; i++)
-		word[i] = input.word[i];
+	qs_chunks(&h, input.word);
 	goto hash;
 }
+unclassified:
+	qs_cb_clear(skb);
+	return QS_WORD_QUEUE(config);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -34,8 +34,9 @@ static __noinline int qs_closer(struct __sk_buff *skb)
 	__u64 word[QS_WORDS], window[QS_WINDOWS];
 	struct qs_rss_config *raw_config;
 	const volatile __u64 *key;
-	struct qs_products x;
+	struct qs_hashing h;
 	struct qs_reader r;
+	__u64 low;
 	__u32 at = 0, config; /* at is alive throughout: no pointer may have been where it is */
 	__u16 *entry;
 
@@ -46,9 +47,13 @@ static __noinline int qs_closer(struct __sk_buff *skb)
 	key = bpf_map_lookup_elem(&tap_rss_map_toeplitz_key, &at);
 	if (!key || qs_reader_init(&r, skb) || qs_classify(skb, &r, QS_WORD_TYPES(config), word))
 		return QS_WORD_QUEUE(config);
+	qs_chunks(&h, word);
 	qs_key_windows(key, 0, window);
-	x = qs_products(window, word, 7);
-	at = qs_products_hash(&x, 7) & QS_WORD_MASK(config);
+#pragma unroll
+	for (int i = 0; i < QS_WINDOWS; i++)
+		h.window[i] = window[i];
+	low = qs_part(&h, QS_BITS_0_TO_3);
+	at = qs_hash_7(low, qs_part(&h, QS_BITS_4_TO_6)) & QS_WORD_MASK(config);
 	entry = bpf_map_lookup_elem(&tap_rss_map_indirection_table, &at);
 	return entry ? *entry : QS_WORD_QUEUE(config);
 }
@@ -90,7 +95,7 @@ static __always_inline __u64 qs_fold_now(__u64 x, __u64 y, int n, __u64 even)
 	return x;
 }
 
-/* As qs_products_hash(), with as few words at a time as can be. */
+/* The hash, one word after the other: even fewer registers than qs_part() needs. */
 static __always_inline __u64 qs_hash(volatile __u64 *p, const __u64 window[QS_WINDOWS], int ip6)
 {
 	__u64 low, high, x, y;

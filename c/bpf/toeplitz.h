@@ -36,25 +36,8 @@
 #define QS_CHUNK(i, before, word) \
 	(((before) << (64 - 6 * (i)) | (word) >> (6 * (i))) & QS_CHUNK_MASK)
 
-/* Words whose parities are the bits of the hash. */
-struct qs_products {
-	__u64 bit[7];
-};
-
-/* Add a chunk to the bits that a table needs: the lowest two, or all seven. */
-static __always_inline void qs_products_add(struct qs_products *x, __u64 window, __u64 chunk,
-					    int bits)
-{
-	if (bits > 2) {
-		x->bit[6] ^= window & chunk;
-		x->bit[5] ^= window << 1 & chunk;
-		x->bit[4] ^= window << 2 & chunk;
-		x->bit[3] ^= window << 3 & chunk;
-		x->bit[2] ^= window << 4 & chunk;
-	}
-	x->bit[1] ^= window << 5 & chunk;
-	x->bit[0] ^= window << 6 & chunk;
-}
+/* The loader needs no more than the above, for the windows of a key that is known in advance. */
+#ifdef __bpf__
 
 #define QS_ONES 0x5555555555555555ULL
 #define QS_TWOS 0x3333333333333333ULL
@@ -68,41 +51,93 @@ static __always_inline __u64 qs_fold(__u64 x, __u64 y, int n, __u64 even)
 	return ((x ^ y) & even) ^ y;
 }
 
-/* The hash, of which the lowest bits are right: two or seven. */
-static __always_inline __u32 qs_products_hash(const struct qs_products *x, int bits)
-{
-	__u64 low = qs_fold(x->bit[0], x->bit[1], 1, QS_ONES), high;
+/* Which bits of the hash are computed at a time: so many words fit the registers. */
+enum qs_bits {
+	QS_BITS_0_TO_1, /* all that a table of four entries needs */
+	QS_BITS_0_TO_3,
+	QS_BITS_4_TO_6,
+};
 
-	if (bits > 2) {
-		low = qs_fold(low, qs_fold(x->bit[2], x->bit[3], 1, QS_ONES), 2, QS_TWOS);
-		high = x->bit[6] ^ x->bit[6] >> 1;
-		high = qs_fold(qs_fold(x->bit[4], x->bit[5], 1, QS_ONES), high & QS_ONES, 2,
-			       QS_TWOS);
-		low = qs_fold(low, high, 4, QS_FOURS);
-	}
+/* Words whose parities are bits of the hash. */
+struct qs_products {
+	__u64 a, b, c, d;
+};
+
+static __always_inline void qs_products_add(struct qs_products *x, __u64 window, __u64 chunk,
+					    enum qs_bits bits)
+{
+	const int shift = bits == QS_BITS_4_TO_6 ? 2 : 6;
+
+	x->a ^= window << shift & chunk;
+	x->b ^= window << (shift - 1) & chunk;
+	if (bits != QS_BITS_0_TO_1)
+		x->c ^= window << (shift - 2) & chunk;
+	if (bits == QS_BITS_0_TO_3)
+		x->d ^= window << (shift - 3) & chunk;
+	/* Now: the compiler would work on all chunks at once, and run out of registers. */
+	asm volatile("" : "+r"(x->a), "+r"(x->b), "+r"(x->c), "+r"(x->d));
+}
+
+/* The words folded into one: every second bit, or every fourth, belongs to the same of them. */
+static __always_inline __u64 qs_products_fold(const struct qs_products *x, enum qs_bits bits)
+{
+	__u64 first = qs_fold(x->a, x->b, 1, QS_ONES);
+
+	if (bits == QS_BITS_0_TO_1)
+		return first;
+	if (bits == QS_BITS_4_TO_6)
+		return qs_fold(first, (x->c ^ x->c >> 1) & QS_ONES, 2, QS_TWOS);
+	return qs_fold(first, qs_fold(x->c, x->d, 1, QS_ONES), 2, QS_TWOS);
+}
+
+/* The hash, of which the lowest seven bits are right, out of its two parts. */
+static __always_inline __u32 qs_hash_7(__u64 low, __u64 high)
+{
+	low = qs_fold(low, high, 4, QS_FOURS);
+	low ^= low >> 32;
+	low ^= low >> 16;
+	return low ^ low >> 8;
+}
+
+/* The hash, of which the lowest two bits are right. */
+static __always_inline __u32 qs_hash_2(__u64 low)
+{
 	low ^= low >> 32;
 	low ^= low >> 16;
 	low ^= low >> 8;
-	if (bits <= 2) {
-		low ^= low >> 4;
-		low ^= low >> 2;
-	}
-	return low;
+	low ^= low >> 4;
+	return low ^ low >> 2;
 }
 
-/* The products of any input. */
-static __always_inline struct qs_products qs_products(const __u64 window[QS_WINDOWS],
-						      const __u64 word[QS_WINDOWS], int bits)
+/*
+ * Any input, ready to be hashed: the chunks, and the windows that go with them.  In memory, for want of
+ * registers.
+ */
+struct qs_hashing {
+	volatile __u64 chunk[QS_WINDOWS];
+	volatile __u64 window[QS_WINDOWS];
+};
+
+static __always_inline void qs_chunks(struct qs_hashing *h, const __u64 word[QS_WINDOWS])
+{
+	h->chunk[0] = word[0] & QS_CHUNK_MASK;
+	h->chunk[1] = QS_CHUNK(1, word[0], word[1]);
+	h->chunk[2] = QS_CHUNK(2, word[1], word[2]);
+	h->chunk[3] = QS_CHUNK(3, word[2], word[3]);
+	/* 56 bits */
+	h->chunk[4] = word[3] << 40 | word[4] >> 24;
+}
+
+static __always_inline __u64 qs_part(const struct qs_hashing *h, enum qs_bits bits)
 {
 	struct qs_products x = {};
 
-	qs_products_add(&x, window[0], word[0] & QS_CHUNK_MASK, bits);
-	qs_products_add(&x, window[1], QS_CHUNK(1, word[0], word[1]), bits);
-	qs_products_add(&x, window[2], QS_CHUNK(2, word[1], word[2]), bits);
-	qs_products_add(&x, window[3], QS_CHUNK(3, word[2], word[3]), bits);
-	/* 56 bits */
-	qs_products_add(&x, window[4], word[3] << 40 | word[4] >> 24, bits);
-	return x;
+#pragma unroll
+	for (int i = 0; i < QS_WINDOWS; i++)
+		qs_products_add(&x, h->window[i], h->chunk[i], bits);
+	return qs_products_fold(&x, bits);
 }
+
+#endif /* __bpf__ */
 
 #endif

@@ -123,7 +123,7 @@ class Run:
         counts |= {300: self.extent.taps300} if "taps300" in parts else {}
         with taps(max(counts), length=MANY_LENGTH) as many:
             costs = random_order.measure(
-                self.some(FLOOR, QEMU, SHARED_MAPS, STATIC),
+                self.some(FLOOR, QEMU, SHARED_MAPS, STATIC, PERIODIC),
                 many,
                 counts=dict(sorted(counts.items())),
                 direct=(300,),

@@ -34,6 +34,7 @@ STATIC = "static"
 PERIODIC = "periodic"
 SHARED_MAPS = "shared_maps"
 CAPBPF = "capbpf"
+SPREAD = "spread"
 
 LABELS: Mapping[str, str] = {
     FLOOR: "return 0",
@@ -43,6 +44,7 @@ LABELS: Mapping[str, str] = {
     PERIODIC: "qsteer static, periodic table",
     SHARED_MAPS: "qsteer shared-maps",
     CAPBPF: "qsteer complete, CAP_BPF alone",
+    SPREAD: "qsteer static, over all queues",
 }
 
 

@@ -30,8 +30,8 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def fleet(contender: Contender, taps: Sequence[Tap]) -> Iterator[Fleet]:
-    """Load and attach a program for each of some taps; they keep it until another one is attached.
+def fleet(contender: Contender, taps: Sequence[Tap], queues: Sequence[int] = range(QUEUES)) -> Iterator[Fleet]:
+    """Load and attach a program for each of some taps, with tables of ``queues``; they keep it until another is attached.
 
     Raises QsteerError, ContenderError and NativeError.
     """
@@ -39,7 +39,7 @@ def fleet(contender: Contender, taps: Sequence[Tap]) -> Iterator[Fleet]:
     made = Fleet()
     try:
         for tap in taps:
-            config = contender.config(draw, range(QUEUES))
+            config = contender.config(draw, queues)
             loaded = contender.load(tap.name, config)
             made.prog_fds.append(loaded.prog_fd)
             began = time.perf_counter()

@@ -4,6 +4,10 @@
 This is where a program pays for the memory that it needs: hardly anything of a tap is still in a cache when its next
 packet comes.  Nobody reads the taps.  The floor is one program for all of them, which nothing can be below.
 
+Every table leads to queue 0, which is what the floor answers (its entries are multiples of the number of queues): four
+queues of a tap are four times as much memory of the kernel's to touch, whoever spreads packets over them.  What that
+costs is seen too: ``spread`` is the same program with tables of all queues.
+
 Queued, the packets go through the queueing discipline of each tap, which has a share in the caches, too.  Direct, they
 go around it, and each takes a system call, because a drop ends one: that is dearer, and so the ratios are kinder.
 """
@@ -15,15 +19,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from integration.bench import shapes
-from integration.bench.contenders import FLOOR, Contender
+from integration.bench.contenders import FLOOR, SPREAD, STATIC, Contender
 from integration.bench.fleet import Fleet, fleet
 from integration.bench.rounds import turns
-from integration.bench.taps import Tap
+from integration.bench.taps import QUEUES, Tap
 from integration.bench.throughput import FAMILIES
 from integration.bench.traffic import Load, sender
 
 FLOOR_EACH = "floor_each"
 """The program that returns 0, loaded once for each tap."""
+ONE_QUEUE = range(0, 256, QUEUES)
+"""All of them are folded to queue 0."""
 FLOWS = 64
 ORDER = 4096
 """Packets until the order is repeated; at least so many."""
@@ -59,7 +65,9 @@ def measure(
         fleets: dict[str, Fleet] = {}
         for contender in contenders:
             count = min(reach.get(contender.name, most), programs.get(contender.name, most))
-            fleets[contender.name] = stack.enter_context(fleet(contender, taps[:count]))
+            fleets[contender.name] = stack.enter_context(fleet(contender, taps[:count], ONE_QUEUE))
+            if contender.name == STATIC:
+                fleets[SPREAD] = stack.enter_context(fleet(contender, taps[:count]))
             if contender.name == FLOOR:
                 fleets[FLOOR_EACH] = fleets[FLOOR]
                 fleets[FLOOR] = stack.enter_context(fleet(contender, taps[:1]))

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from integration.bench import shapes
-from integration.bench.contenders import CAPBPF, FLOOR, LABELS, PERIODIC, QEMU, SHARED_MAPS, STATIC
+from integration.bench.contenders import CAPBPF, FLOOR, LABELS, PERIODIC, QEMU, SHARED_MAPS, SPREAD, STATIC
 from integration.bench.figures import Figure, Figures, path
 from integration.bench.random_order import FLOOR_EACH
 from integration.bench.targets import Verdict, judged
@@ -90,7 +90,7 @@ def _throughput(figures: Figures, way: str) -> Sequence[Row]:
 
 
 def _random_order(figures: Figures) -> Sequence[Row]:
-    names = (FLOOR_EACH, QEMU, SHARED_MAPS, STATIC)
+    names = (FLOOR_EACH, QEMU, SHARED_MAPS, STATIC, PERIODIC, SPREAD)
     rows: list[Row] = [("taps", *(ROW_LABELS[name] for name in names))]
     for count, way, (family, label) in itertools.product(TAPS, ("", ".direct"), FAMILY_LABELS.items()):
         cells = []

@@ -53,7 +53,7 @@ def _targets() -> Iterator[Target]:
             yield Target(figure=f"tap.{family}{whose}.of_floor", target=0.95)
             yield Target(figure=f"tap.{family}{whose}.of_automq", target=1)
     for family in ("v4", "v6"):
-        for whose in ("", ".shared_maps"):
+        for whose in ("", ".periodic", ".shared_maps"):
             yield Target(figure=f"taps300.{family}{whose}.of_floor", target=0.93)
     yield Target(figure="setup.verify_ms", target=2, at_most=True)
     for whose in ("", ".shared_maps"):
