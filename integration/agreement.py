@@ -75,7 +75,7 @@ class Steers(Protocol):
 
 
 class Static:
-    """A new program for each configuration, which is frozen into it."""
+    """A new program for each configuration, which is frozen into a stub of the shared body's if it can be."""
 
     def __init__(self, build: Build, stack: contextlib.ExitStack) -> None:
         self.name = f"{build}, static"
@@ -91,6 +91,10 @@ class Static:
     def set(self, config: RssConfig) -> None:
         self._close()
         self._program = programs.load_program(tap=TAP, source=Source.STATIC, config=config, build=self._build)
+
+    @property
+    def is_frozen(self) -> bool:
+        return bool(self._program and programs.program_info(self._program.id).frozen_id)
 
     def _close(self) -> None:
         if self._program:
@@ -172,10 +176,12 @@ def _hex(packet: bytes) -> str:
 class Tally:
     """What was counted.  ``different`` are packets per program; ``by_kind`` QEMU's, each with the plainest example.
 
-    ``left_in_cb`` are runs of qsteer's programs that left something in skb->cb, which may be an address.
+    ``frozen`` are configurations that one program had frozen into it; ``left_in_cb`` are runs of qsteer's programs that
+    left something in skb->cb, which may be an address.
     """
 
     configs: int = 0
+    frozen: int = 0
     packets: int = 0
     refused: int = 0
     on_tap: int = 0
@@ -189,6 +195,7 @@ class Tally:
     def add(self, other: Self) -> None:
         """Count another part of the run as well."""
         self.configs += other.configs
+        self.frozen += other.frozen
         self.packets += other.packets
         self.refused += other.refused
         self.on_tap += other.on_tap
@@ -252,6 +259,7 @@ def check(job: Job) -> Tally:
             for one in steers:
                 _on_tap(one, tap, sock, chosen, config, tally)
             tally.configs += 1
+            tally.frozen += any(isinstance(one, Static) and one.is_frozen for one in steers)
             tally.on_tap += len(chosen)
     return tally
 
@@ -344,7 +352,7 @@ def report(tally: Tally, took_s: float) -> str:
     matched = ", ".join(f"{name} {count:,}" for name, count in sorted(tally.matched.items()))
     parts = [
         columns(rows),
-        f"{tally.packets:,} packets over {tally.configs:,} configurations in {took_s:.0f} s: "
+        f"{tally.packets:,} packets over {tally.configs:,} configurations ({tally.frozen:,} frozen) in {took_s:.0f} s: "
         f"{tally.packets / took_s:,.0f} packets, {tally.runs.total() / took_s:,.0f} runs a second",
         f"hashed as: {matched}",
         f"refused by test runs (shorter than their IP header): {tally.refused:,}; "

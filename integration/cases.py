@@ -74,12 +74,16 @@ def _key(rng: random.Random) -> bytes:
 
 
 def _table(rng: random.Random, length: int, period: int) -> tuple[int, ...]:
-    """``period`` queues, mostly no two alike, again and again; sometimes with an entry that spoils the repetition."""
+    """``period`` queues, mostly no two alike, again and again; sometimes with an entry that spoils the repetition.
+
+    Mostly they are queues that a tap can have, for which qsteer keeps a byte each.
+    """
     if rng.random() < 0.15:
         return equal_table(rng.randint(1, 16), length)
-    table = rng.sample(range(0x10000), period) * (length // period)
+    queues = range(0x100) if rng.random() < 0.8 else range(0x10000)
+    table = rng.sample(queues, period) * (length // period)
     if rng.random() < 0.2:
-        table[rng.randrange(length)] = rng.randrange(0x10000)
+        table[rng.randrange(length)] = rng.choice(queues)
     return tuple(table)
 
 

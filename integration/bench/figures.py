@@ -2,8 +2,8 @@
 """Named figures out of what was measured; pure computing.
 
 A name is a path: what was looked at, then whose program it is unless it is qsteer's static one (``shared_maps``,
-``periodic``, ``spread``, ``capbpf``, ``automq``, ``floor``), then the quantity.  QEMU's own figures have the prefix ``qemu.``
-instead; its ratios to itself are 1, and its nanoseconds are what the others' ratios are made of.
+``periodic``, ``spread``, ``capbpf``, ``automq``, ``floor``), then the quantity.  QEMU's own figures have the prefix
+``qemu.`` instead; its ratios to itself are 1, and its nanoseconds are what the others' ratios are made of.
 
     testrun.KIND, capbpf.KIND   ratio: (QEMU's - floor) / (this one's - floor); over_floor_ns
     tap.FAMILY[.drained]        of_floor, of_automq: packets per second as a share of theirs; mpps

@@ -31,9 +31,9 @@ class Fleet:
 
 @contextlib.contextmanager
 def fleet(contender: Contender, taps: Sequence[Tap], queues: Sequence[int] = range(QUEUES)) -> Iterator[Fleet]:
-    """Load and attach a program for each of some taps, with tables of ``queues``; they keep it until another is attached.
+    """Load and attach a program for each of some taps, which keep it until another one is attached.
 
-    Raises QsteerError, ContenderError and NativeError.
+    Their tables are of ``queues``.  Raises QsteerError, ContenderError and NativeError.
     """
     draw = random.Random(3)
     made = Fleet()

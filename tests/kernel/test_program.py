@@ -365,7 +365,6 @@ def test_the_body_is_gone(tap: support.TapUnderTest) -> None:
     body = str(shim.OBJECTS / "tap_body.bpf.o").encode()
     assert lib.qs_bodies_create(body, empty) == 0
     program = programs._load(Build.SHARED_BODY, "qs-tap", Source.STATIC, 0, EVERYTHING, empty[0])
-
     try:
         info = programs.program_info(program.id)
         assert programs.body_present(info)
@@ -388,6 +387,28 @@ def test_the_body_is_gone(tap: support.TapUnderTest) -> None:
         assert "ok" in support.qsteer("status", "--pid", str(os.getpid())).stdout
     finally:
         program.close()
+
+
+@pytest.mark.shared_body
+@pytest.mark.parametrize("source", [Source.STATIC, Source.SHARED_MAPS])
+def test_flows_are_spread_without_the_body(namespace: str, source: Source) -> None:
+    """By the hash that the kernel has at hand, and through the table: flows stay on their queues."""
+    from qsteer._shim import ffi, lib
+
+    empty = ffi.new("int *")
+    assert lib.qs_bodies_create(str(shim.OBJECTS / "tap_body.bpf.o").encode(), empty) == 0
+    config = replace(EVERYTHING, table=(1, 3))
+    with (
+        contextlib.closing(programs._load(Build.SHARED_BODY, "qs-tap", source, 0, config, empty[0])) as program,
+        support.tap("qs-tap", 4) as tap,
+        support.sender("qs-tap") as sock,
+    ):
+        tap.attach(program)
+        os.close(empty[0])
+        info = programs.program_info(program.id)
+        support.wait_until("the body is gone", lambda: not programs.body_present(info))
+        first = [through(tap, sock, packet) for packet in flows()]
+        assert set(first) <= {1, 3} and first == [through(tap, sock, packet) for packet in flows()]
 
 
 def test_the_verifier_has_room(need_root: None) -> None:
