@@ -437,12 +437,24 @@ int qs_program_maps(int prog_fd, __u32 *ids, __u32 *count)
 	return err;
 }
 
+/* The kernel describes a program where a map was expected, and does not say so. */
+static bool qs_is_map(int fd)
+{
+	char path[32], kind[32] = "";
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	return readlink(path, kind, sizeof(kind) - 1) > 0 && !strcmp(kind, "anon_inode:bpf-map");
+}
+
 int qs_map_info(int fd, __u32 *id, __u32 *type, char name[16])
 {
 	struct bpf_map_info info = {};
 	__u32 len = sizeof(info);
-	int err = bpf_obj_get_info_by_fd(fd, &info, &len);
+	int err;
 
+	if (!qs_is_map(fd))
+		return -EBADMSG;
+	err = bpf_obj_get_info_by_fd(fd, &info, &len);
 	if (err)
 		return err;
 	*id = info.id;
@@ -603,6 +615,15 @@ int qs_frozen_read(int fd, struct qs_rss_config *config, __u8 key[QS_KEY_BYTES],
 	return 0;
 }
 
+static int qs_table_write(int table_fd, const __u16 *table)
+{
+	__u32 keys[QS_TABLE_ENTRIES], count = QS_TABLE_ENTRIES;
+
+	for (__u32 i = 0; i < QS_TABLE_ENTRIES; i++)
+		keys[i] = i;
+	return bpf_map_update_batch(table_fd, keys, table, &count, NULL);
+}
+
 int qs_config_write(int config_fd, int key_fd, int table_fd, const struct qs_rss_config *config,
 		    const __u8 key[QS_KEY_BYTES], const __u16 *table)
 {
@@ -612,14 +633,9 @@ int qs_config_write(int config_fd, int key_fd, int table_fd, const struct qs_rss
 
 	memcpy(raw, key, sizeof(raw));
 	qs_key_swap_head(raw);
-	err = bpf_map_update_elem(key_fd, &zero, raw, BPF_ANY);
-	if (err)
+	if ((err = bpf_map_update_elem(key_fd, &zero, raw, BPF_ANY)) ||
+	    (err = qs_table_write(table_fd, table)))
 		return err;
-	for (__u32 i = 0; i < QS_TABLE_ENTRIES; i++) {
-		err = bpf_map_update_elem(table_fd, &i, &table[i], BPF_ANY);
-		if (err)
-			return err;
-	}
 	return bpf_map_update_elem(config_fd, &zero, config, BPF_ANY);
 }
 

@@ -105,7 +105,7 @@ int qs_program_next_id(__u32 after, __u32 *id);
 /* The ids of all maps that a program uses; ids has room for QS_PROGRAM_MAPS, the kernel's limit. */
 #define QS_PROGRAM_MAPS 64
 int qs_program_maps(int prog_fd, __u32 *ids, __u32 *count);
-/* What a map is; fd has to be one of a map. */
+/* What a map is; -EBADMSG where fd is not one of a map. */
 int qs_map_info(int fd, __u32 *id, __u32 *type, char name[16]);
 
 /* The configuration in a program's maps; table has QS_TABLE_ENTRIES entries. */

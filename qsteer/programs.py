@@ -144,7 +144,7 @@ def _load_either(build: Build | None, load: Callable[[Build, int], Program]) -> 
 
 def _load_stub(load: Callable[[Build, int], Program]) -> Program:
     for _ in range(_PIN_ATTEMPTS):
-        bodies = _shared_bodies()
+        bodies = shared_bodies()
         try:
             program = load(Build.SHARED_BODY, bodies)
             try:
@@ -237,8 +237,11 @@ def _raw(config: RssConfig) -> tuple[Any, bytes, Any]:
     return raw, config.key, ffi.new(f"uint16_t[{lib.QS_TABLE_ENTRIES}]", config.table)
 
 
-def _shared_bodies() -> int:
-    """An fd of the host's prog_array, which is loaded, proven and pinned first where there is none."""
+def shared_bodies() -> int:
+    """An fd of the host's prog_array, which is loaded, proven and pinned first where there is none.
+
+    Raises QsteerError.
+    """
     found = _pinned_bodies()
     if found is not None:
         return found
@@ -328,10 +331,11 @@ def pinned_bodies(pin: Path) -> int | None:
 
 def _bodies_id(fd: int) -> int | None:
     """The map id of a shared body's prog_array; None for anything else."""
-    if str(Path(f"/proc/self/fd/{fd}").readlink()) != "anon_inode:bpf-map":
-        return None
     found, kind, name = ffi.new("uint32_t *"), ffi.new("uint32_t *"), ffi.new("char[16]")
-    check(lib.qs_map_info(fd, found, kind, name), "cannot look at a map")
+    result = lib.qs_map_info(fd, found, kind, name)
+    if result == -errno.EBADMSG:
+        return None
+    check(result, "cannot look at a map")
     is_one = kind[0] == lib.BPF_MAP_TYPE_PROG_ARRAY and string(name) == "qsteer_bodies"
     return int(found[0]) if is_one else None
 

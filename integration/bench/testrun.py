@@ -2,21 +2,28 @@
 """(a) What a program costs on one packet: BPF_PROG_TEST_RUN, a few hundred thousand times the same packet.
 
 All of it stays in the processor's caches, so these are the lowest figures there are; ``throughput`` has the real path.
+
+Where the kernel happens to put a program's machine code makes a nanosecond or two of difference.  So each program is
+loaded several times, qsteer's with a shared body of its own each time, and they take turns.
 """
 
 import contextlib
+import itertools
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from integration.bench import shapes
 from integration.bench.contenders import FLOOR, QEMU, Contender
 from integration.bench.native import checked, ffi, lib
 from integration.bench.rounds import turns
+from qsteer import programs
 from qsteer.reference import queue_of
 from qsteer.rss import RssConfig
 
+LOADED = 5
+"""Times that each program is loaded."""
 QUEUES = range(50, 250)
 """More than one needs for every entry of a table to differ, and none beyond what a tap can have."""
 
@@ -37,28 +44,52 @@ def measure(contenders: Sequence[Contender], *, rounds: int, sample_s: float) ->
     """Every contender on every kind of packet.  Raises WrongQueueError unless qsteer's queues are right."""
     draw = random.Random(1)
     with contextlib.ExitStack() as stack:
-        fds: dict[str, int] = {}
-        qemu_wrong: dict[str, int] = {}
-        for contender in contenders:
+        loaded: dict[str, list[tuple[int, RssConfig]]] = {contender.name: [] for contender in contenders}
+        for contender, _ in itertools.product(contenders, range(LOADED)):
             config = contender.config(draw, QUEUES)
-            fds[contender.name] = contender.load("qsb-testrun", config).prog_fd
-            stack.callback(os.close, fds[contender.name])
-            if contender.answers:
-                wrong = _wrong_queues(fds[contender.name], config)
-                if contender.name == QEMU:
-                    qemu_wrong = wrong
-                elif wrong:
-                    raise shapes.WrongQueueError(
-                        f"{contender.label}: wrong queues for {', '.join(wrong)} in a test run"
-                    )
+            fd = contender.load("qsb-testrun", config).prog_fd
+            stack.callback(os.close, fd)
+            loaded[contender.name].append((fd, config))
+            stack.enter_context(_another_body_from_now_on())
+        qemu_wrong = _checked(contenders, loaded)
         packets = {kind: shapes.flows(kind, 1)[0] for kind in shapes.KINDS}
-        pairs = [(name, kind) for kind in packets for name in fds]
-        repeats = {(name, kind): _repeats(fds[name], packets[kind], sample_s) for name, kind in pairs}
+        pairs = [(name, kind) for kind in packets for name in loaded]
+        repeats = {(name, kind): _repeats(loaded[name][0][0], packets[kind], sample_s) for name, kind in pairs}
         took: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
-        for _, name in turns(tuple(fds), rounds):
+        for number, name in turns(tuple(loaded), rounds):
             for kind, packet in packets.items():
-                took[name, kind].append(cost_ns(fds[name], packet, repeats[name, kind]))
+                took[name, kind].append(cost_ns(loaded[name][number % LOADED][0], packet, repeats[name, kind]))
+        _checked(contenders, loaded)  # what was timed is what was checked
     return Costs(rounds=took, qemu_wrong=qemu_wrong)
+
+
+@contextlib.contextmanager
+def _another_body_from_now_on() -> Iterator[None]:
+    """The shared body stays, for the stubs that have it, and the next stub gets a new one.
+
+    The pin is in the run's own BPF file system: nobody else misses it.
+    """
+    bodies = programs.shared_bodies()
+    try:
+        programs.bodies_pin().unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(bodies)
+
+
+def _checked(
+    contenders: Sequence[Contender], loaded: Mapping[str, Sequence[tuple[int, RssConfig]]]
+) -> Mapping[str, int]:
+    """The kinds for which QEMU's program is wrong.  Raises WrongQueueError if another one is."""
+    qemu_wrong: Mapping[str, int] = {}
+    for contender in contenders:
+        for fd, config in loaded[contender.name] if contender.answers else ():
+            wrong = _wrong_queues(fd, config)
+            if contender.name == QEMU:
+                qemu_wrong = wrong
+            elif wrong:
+                raise shapes.WrongQueueError(f"{contender.label}: wrong queues for {', '.join(wrong)} in a test run")
+    return qemu_wrong
 
 
 def over_floor(costs: Costs, name: str, kind: str) -> list[float]:

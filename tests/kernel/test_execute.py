@@ -286,7 +286,7 @@ def test_maps_of_others_are_never_used(need_root: None, build: Build, source: So
 @pytest.mark.parametrize("build", support.BUILDS)
 def test_maps_that_are_laid_out_otherwise(tap: support.TapUnderTest, build: Build) -> None:
     """Each in the place of another, of another size; and one that BPF may only read, of the right size."""
-    bodies = programs._shared_bodies() if build is Build.SHARED_BODY else programs.NO_BODIES
+    bodies = programs.shared_bodies() if build is Build.SHARED_BODY else programs.NO_BODIES
     program = programs.load_program(tap="qs-tap", source=Source.SHARED_MAPS)
     config, key, table = program.fds[1:]
     read_only = private.array_map(b"tap_rss_map_con", 10, flags=private.BPF_F_RDONLY_PROG)
@@ -319,7 +319,7 @@ def test_maps_of_an_old_qemu(tap: support.TapUnderTest, build: Build) -> None:
         private.array_map(b"tap_rss_map_toe", 40),
         private.array_map(b"tap_rss_map_ind", 2, entries=128),
     )
-    bodies = programs._shared_bodies() if build is Build.SHARED_BODY else programs.NO_BODIES
+    bodies = programs.shared_bodies() if build is Build.SHARED_BODY else programs.NO_BODIES
     program = programs._load(build, "qs-tap", Source.QEMU_MAPS, 0, None, bodies, maps)
     try:
         programs._write_config(program, config)

@@ -418,7 +418,7 @@ def test_the_verifier_has_room(need_root: None) -> None:
             program = stack.enter_context(loaded(kind, EVERYTHING))
             assert programs.program_info(program.id).verified_instructions < 200_000
     if Build.SHARED_BODY in support.BUILDS:
-        bodies = programs._shared_bodies()
+        bodies = programs.shared_bodies()
         assert programs.program_info(programs.body_in(bodies)).verified_instructions < 200_000
         os.close(bodies)
 

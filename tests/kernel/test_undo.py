@@ -274,7 +274,7 @@ def prepared(prepare: Prepare) -> Iterator[tuple[Step, ...]]:
 @pytest.mark.parametrize("prepare", SCENARIOS)
 def test_each_call_in_turn(namespace: str, prepare: Prepare, interrupt: bool) -> None:
     """Until the plan comes through without meeting the fault."""
-    programs._shared_bodies()
+    programs.shared_bodies()
     kernel.open_queues()
     undone, number = 0, itertools.count(1)
     came_through = False
@@ -393,7 +393,7 @@ def test_run_with_each_call_failing_in_turn(namespace: str, monkeypatch: pytest.
     configure = links.configure
     monkeypatch.setattr(os, "execve", execve)
     names = (TAP, "qsun-two")
-    programs._shared_bodies()
+    programs.shared_bodies()
     for at in itertools.count(1):
         before = (set(os.listdir("/proc/self/fd")), private.pins())  # noqa: PTH208
         fault = Fault(at=at, interrupt=False)
