@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
 /*
- * Reads the packet through helpers alone, for CAP_BPF without CAP_PERFMON (where the kernel's
- * verifier lets that: 6.12 does, 6.1 does not) and for kernels without bpf_cast_to_kern_ctx
- * (before 6.2).
+ * Reads the packet through helpers alone, for CAP_BPF without CAP_PERFMON and for kernels without
+ * bpf_cast_to_kern_ctx (before 6.2).
  *
  * Theory of operation
  *

@@ -164,8 +164,9 @@ struct qs_ip6_walk {
 	__u64 fragment;
 	__u64 home, via; /* of addresses to take instead of the source, the destination */
 	__u64 headers, options;
-	__u32 next; /* the header's protocol number */
-	__u32 types;
+	/* 64 bits of their own, each: 6.1 stores nothing narrow beside what was kept there. */
+	__u64 next; /* the header's protocol number */
+	__u64 types;
 };
 
 static __always_inline int qs_is_extension(__u32 next)

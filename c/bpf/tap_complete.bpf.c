@@ -31,20 +31,22 @@
 /* Everything that a packet may look like. */
 static __noinline int qs_closer(struct __sk_buff *skb)
 {
-	__u64 word[QS_WORDS], window[QS_WINDOWS];
+	__u64 word[QS_WORDS] = {}, window[QS_WINDOWS];
 	struct qs_rss_config *raw_config;
 	const volatile __u64 *key;
 	struct qs_hashing h;
 	struct qs_reader r;
 	__u64 low;
-	__u32 at = 0, config; /* at is alive throughout: no pointer may have been where it is */
+	__u32 at[2] = {}, config; /* for 6.1 an index has eight bytes to itself, throughout */
 	__u16 *entry;
 
-	raw_config = bpf_map_lookup_elem(&tap_rss_map_configurations, &at);
+	/* The verifier follows a branch that was guessed wrong, too, to where no word was written. */
+	asm volatile("" : : "r"(word) : "memory");
+	raw_config = bpf_map_lookup_elem(&tap_rss_map_configurations, at);
 	if (!raw_config)
 		return 0;
 	config = qs_config_word(raw_config);
-	key = bpf_map_lookup_elem(&tap_rss_map_toeplitz_key, &at);
+	key = bpf_map_lookup_elem(&tap_rss_map_toeplitz_key, at);
 	if (!key || qs_reader_init(&r, skb) || qs_classify(skb, &r, QS_WORD_TYPES(config), word))
 		return QS_WORD_QUEUE(config);
 	qs_chunks(&h, word);
@@ -53,8 +55,8 @@ static __noinline int qs_closer(struct __sk_buff *skb)
 	for (int i = 0; i < QS_WINDOWS; i++)
 		h.window[i] = window[i];
 	low = qs_part(&h, QS_BITS_0_TO_3);
-	at = qs_hash_7(low, qs_part(&h, QS_BITS_4_TO_6)) & QS_WORD_MASK(config);
-	entry = bpf_map_lookup_elem(&tap_rss_map_indirection_table, &at);
+	at[0] = qs_hash_7(low, qs_part(&h, QS_BITS_4_TO_6)) & QS_WORD_MASK(config);
+	entry = bpf_map_lookup_elem(&tap_rss_map_indirection_table, at);
 	return entry ? *entry : QS_WORD_QUEUE(config);
 }
 
