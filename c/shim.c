@@ -4,6 +4,7 @@
 
 #include "auto.h"
 #include "bpf/handover.h"
+#include "stub.h"
 
 #include <bpf/bpf.h>
 #include <bpf/libbpf.h>
@@ -223,6 +224,15 @@ __attribute__((format(printf, 2, 0))) static int qs_log_print(enum libbpf_print_
 	return n;
 }
 
+void qs_log_say(const char *text)
+{
+	size_t room = sizeof(qs_log) - qs_log_len;
+	int n = snprintf(qs_log + qs_log_len, room, "%s\n", text);
+
+	if (n > 0)
+		qs_log_len += (size_t)n < room ? (size_t)n : room - 1;
+}
+
 const char *qs_log_take(void)
 {
 	static char taken[sizeof(qs_log)];
@@ -283,25 +293,13 @@ static struct bpf_map *qs_rodata(struct bpf_object *object)
 	return NULL;
 }
 
-/* Put a map that is there already in place of one of the object's, if it is laid out alike. */
-static int qs_map_reuse(struct bpf_object *object, const char *name, int fd)
+/* Put a map that is there already in place of one of the object's. */
+static int qs_map_reuse(struct bpf_object *object, int which, const char *name, int fd)
 {
 	struct bpf_map *map = bpf_object__find_map_by_name(object, name);
-	struct bpf_map_info info = {};
-	__u32 len = sizeof(info);
-	int err;
+	int err = map ? qs_rss_map_check(which, fd) : -EINVAL;
 
-	if (!map)
-		return -EINVAL;
-	err = bpf_obj_get_info_by_fd(fd, &info, &len);
-	if (err)
-		return err;
-	/* Before 9.0 QEMU writes into its own maps by system calls, and they are not mmapable. */
-	if (info.type != bpf_map__type(map) || info.key_size != bpf_map__key_size(map) ||
-	    info.value_size != bpf_map__value_size(map) ||
-	    info.max_entries != bpf_map__max_entries(map) || info.map_flags & ~BPF_F_MMAPABLE)
-		return -EOPNOTSUPP;
-	return bpf_map__reuse_fd(map, fd);
+	return err ? err : bpf_map__reuse_fd(map, fd);
 }
 
 int qs_program_load(const char *path, const struct qs_ident *ident, const int *map_fds,
@@ -322,9 +320,10 @@ int qs_program_load(const char *path, const struct qs_ident *ident, const int *m
 	err = bpf_map__set_initial_value(rodata, ident, sizeof(*ident));
 	if (err)
 		return err;
-	if (map_fds && ((err = qs_map_reuse(object, QS_MAP_CONFIG, map_fds[0])) ||
-			(err = qs_map_reuse(object, QS_MAP_KEY, map_fds[1])) ||
-			(err = qs_map_reuse(object, QS_MAP_TABLE, map_fds[2]))))
+	if (map_fds &&
+	    ((err = qs_map_reuse(object, QS_CONFIG, QS_MAP_CONFIG, map_fds[QS_CONFIG])) ||
+	     (err = qs_map_reuse(object, QS_KEY, QS_MAP_KEY, map_fds[QS_KEY])) ||
+	     (err = qs_map_reuse(object, QS_TABLE, QS_MAP_TABLE, map_fds[QS_TABLE]))))
 		return err;
 	err = bpf_object__load(object);
 	if (err)
@@ -484,6 +483,7 @@ static void qs_rodata_tells(int fd, const struct bpf_map_info *map, struct qs_pr
 {
 	union {
 		struct qs_ident ident;
+		struct qs_frozen frozen;
 		__u8 bytes[QS_RODATA_MAX];
 	} rodata;
 	__u32 zero = 0;
@@ -494,7 +494,7 @@ static void qs_rodata_tells(int fd, const struct bpf_map_info *map, struct qs_pr
 		return;
 	out->ident = rodata.ident;
 	out->has_ident = 1;
-	if (map->value_size >= sizeof(struct qs_frozen))
+	if (map->value_size >= sizeof(struct qs_frozen) && rodata.frozen.layout == QS_FROZEN_LAYOUT)
 		out->frozen_id = map->id;
 }
 
@@ -609,6 +609,8 @@ int qs_frozen_read(int fd, struct qs_rss_config *config, __u8 key[QS_KEY_BYTES],
 	err = bpf_map_lookup_elem(fd, &zero, &rodata);
 	if (err)
 		return err;
+	if (rodata.frozen.layout != QS_FROZEN_LAYOUT)
+		return -EBADMSG;
 	*config = rodata.frozen.config;
 	memcpy(key, rodata.frozen.key, QS_KEY_BYTES);
 	memcpy(table, rodata.frozen.table, sizeof(rodata.frozen.table));

@@ -79,6 +79,8 @@ int qs_bodies_program(int bodies_fd, __u32 *id);
 
 /* What libbpf and the verifier said since the last call, newest last; for this process. */
 const char *qs_log_take(void);
+/* Say something there. */
+void qs_log_say(const char *text);
 
 struct qs_program_info {
 	__u32 id;

@@ -36,11 +36,13 @@
 #define CB(i) ((int)offsetof(struct __sk_buff, cb[i]))
 #define HASH ((int)offsetof(struct __sk_buff, hash))
 
-/* The 16 bits that hash types are in. */
+/* In the first 64 bits of struct qs_rss_config as a number; the types are 16 bits up in either case. */
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#define QS_TYPES_AT ((int)offsetof(struct qs_rss_config, hash_types))
+#define QS_REDIRECT_SHIFT 0
+#define QS_LENGTH_SHIFT 48
 #else
-#define QS_TYPES_AT ((int)offsetof(struct qs_rss_config, hash_types) + 2)
+#define QS_REDIRECT_SHIFT 56
+#define QS_LENGTH_SHIFT 0
 #endif
 
 enum {
@@ -59,12 +61,26 @@ enum {
 
 static int qs_load(const struct bpf_insn *instructions, size_t count, int *fd)
 {
+	static char log[16 * 1024];
 	LIBBPF_OPTS(bpf_prog_load_opts, opts);
 	int got = bpf_prog_load(BPF_PROG_TYPE_SOCKET_FILTER, "qsteer_tap", "Dual BSD/GPL",
 				instructions, count, &opts);
 
-	if (got < 0)
-		return got;
+	if (got < 0) {
+		int err = got;
+
+		/* Again, to hear why. */
+		opts.log_level = 1;
+		opts.log_buf = log;
+		opts.log_size = sizeof(log);
+		log[0] = '\0';
+		got = bpf_prog_load(BPF_PROG_TYPE_SOCKET_FILTER, "qsteer_tap", "Dual BSD/GPL",
+				    instructions, count, &opts);
+		if (got < 0) {
+			qs_log_say(log);
+			return err;
+		}
+	}
 	*fd = got;
 	return 0;
 }
@@ -130,9 +146,13 @@ int qs_stub_load_frozen(const struct qs_ident *ident, const struct qs_rss_config
 			struct qs_program *program)
 {
 	qs_auto_close int rodata = -1, prog = -1;
-	struct qs_frozen frozen = { .ident = *ident, .config = *config };
+	struct qs_frozen frozen = {
+		.ident = *ident,
+		.layout = QS_FROZEN_LAYOUT,
+		.config = *config,
+	};
 	struct qs_steering *steering = &frozen.steering;
-	__u32 length = config->indirections_len, mask;
+	__u32 length = config->indirections_len, mask, word;
 	int err;
 
 	if (length < 1 || length > QS_TABLE_ENTRIES || length & (length - 1))
@@ -146,7 +166,7 @@ int qs_stub_load_frozen(const struct qs_ident *ident, const struct qs_rss_config
 	}
 	memcpy(frozen.key, key, sizeof(frozen.key));
 	qs_windows(key, steering->windows);
-	steering->word = QS_WORD(config->hash_types & QS_HASH_ALL, mask, config->default_queue);
+	word = QS_WORD(config->hash_types & QS_HASH_ALL, mask, config->default_queue);
 
 	err = qs_map_frozen(&frozen, sizeof(frozen), &rodata);
 	if (err)
@@ -160,7 +180,9 @@ int qs_stub_load_frozen(const struct qs_ident *ident, const struct qs_rss_config
 			STORE(BPF_DW, R1, R2, CB(0)),
 			LOAD(BPF_DW, R3, R2, 0),
 			STORE(BPF_DW, R1, R3, CB(2)),
-			STORE_IMM(BPF_W, R1, steering->word, CB(4)),
+			/* before 6.4 only a register can be stored in the context */
+			ALU_IMM(BPF_MOV, R3, (__s32)word),
+			STORE(BPF_W, R1, R3, CB(4)),
 			MAP(R2, bodies_fd),
 			ALU_IMM(BPF_MOV, R3, QS_BODY_TAP),
 			CALL(BPF_FUNC_tail_call),
@@ -186,14 +208,6 @@ int qs_stub_load_frozen(const struct qs_ident *ident, const struct qs_rss_config
 	return 0;
 }
 
-/* The maps that QEMU writes, in its order. */
-enum {
-	QS_CONFIG,
-	QS_KEY,
-	QS_TABLE,
-	QS_RSS_MAPS
-};
-
 static const struct {
 	const char *name;
 	__u32 size;
@@ -204,12 +218,11 @@ static const struct {
 	[QS_TABLE] = { QS_MAP_TABLE, sizeof(__u16), QS_TABLE_ENTRIES },
 };
 
-/* Another fd of a map that is there already, if it is laid out as ours. */
-static int qs_map_adopt(int which, int other, int *fd)
+int qs_rss_map_check(int which, int fd)
 {
 	struct bpf_map_info info = {};
 	__u32 len = sizeof(info);
-	int err = bpf_obj_get_info_by_fd(other, &info, &len);
+	int err = bpf_obj_get_info_by_fd(fd, &info, &len);
 
 	if (err)
 		return err;
@@ -218,6 +231,16 @@ static int qs_map_adopt(int which, int other, int *fd)
 	    info.value_size != qs_rss_maps[which].size ||
 	    info.max_entries != qs_rss_maps[which].entries || info.map_flags & ~BPF_F_MMAPABLE)
 		return -EOPNOTSUPP;
+	return 0;
+}
+
+/* Another fd of a map that is there already. */
+static int qs_map_adopt(int which, int other, int *fd)
+{
+	int err = qs_rss_map_check(which, other);
+
+	if (err)
+		return err;
 	*fd = fcntl(other, F_DUPFD_CLOEXEC, 3);
 	return *fd < 0 ? -errno : 0;
 }
@@ -256,9 +279,15 @@ int qs_stub_load_maps(const struct qs_ident *ident, const int *map_fds, int bodi
 
 			MAP_VALUE(R1, config, 0),
 			LOAD(BPF_H, R5, R1, offsetof(struct qs_rss_config, default_queue)),
-			LOAD(BPF_H, R2, R1, QS_TYPES_AT),
-			LOAD(BPF_H, R3, R1, offsetof(struct qs_rss_config, indirections_len)),
-			LOAD(BPF_B, R4, R1, offsetof(struct qs_rss_config, redirect)),
+			/* types, redirect, length: in one piece */
+			LOAD(BPF_DW, R2, R1, 0),
+			MOV(R4, R2),
+			ALU_IMM(BPF_RSH, R4, QS_REDIRECT_SHIFT),
+			ALU_IMM(BPF_AND, R4, 0xff),
+			MOV(R3, R2),
+			ALU_IMM(BPF_RSH, R3, QS_LENGTH_SHIFT),
+			ALU_IMM(BPF_AND, R3, 0xffff),
+			ALU_IMM(BPF_RSH, R2, 16),
 			ALU_IMM(BPF_AND, R2, QS_HASH_ALL),
 			/* no types, if they are of no account ... */
 			JUMP_IMM(BPF_JNE, R4, 0, 1),

@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
 /*
- * A tap's own program where the host has shared bodies: a few instructions that hand the addresses of
- * the tap's own configuration to a body.
+ * A tap's own program where the host has a shared body: a few instructions that hand it the addresses
+ * of the tap's own configuration.
  *
  * Theory of operation
  *
- * What a tap costs decides what a host of 1000 taps costs.  So the packet path is in bodies that are
+ * What a tap costs decides what a host of 1000 taps costs.  So the packet path is in a body that is
  * verified once per host, and a tap has a stub.  The stub is put together here and not compiled: an
- * object file would have to be read, and its kernel types resolved, for each tap or each process;
- * 20 instructions and one to four maps are loaded in a tenth of a millisecond.
+ * object file would have to be read, and its kernel types resolved, for each tap or each process.
+ * 20 instructions and a map take a tenth of a millisecond to load; 60 and four maps, three of which
+ * QEMU maps into its memory, take two.
  *
  * The stub owns the tap's maps, so that they live exactly as long as the tap's program; there is no
  * table of taps, no slot to give back, and nothing is looked up by interface index.
@@ -39,5 +40,16 @@ int qs_stub_load_frozen(const struct qs_ident *ident, const struct qs_rss_config
  */
 int qs_stub_load_maps(const struct qs_ident *ident, const int *map_fds, int bodies_fd,
 		      struct qs_program *program);
+
+/* The maps that QEMU writes, in its order. */
+enum {
+	QS_CONFIG,
+	QS_KEY,
+	QS_TABLE,
+	QS_RSS_MAPS
+};
+
+/* -EOPNOTSUPP where a map is not laid out as this one of them. */
+int qs_rss_map_check(int which, int fd);
 
 #endif

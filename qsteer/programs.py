@@ -126,10 +126,15 @@ def _maps_of(info: ProgramInfo | None) -> Iterator[tuple[int, int, int] | None]:
         yield (config, key, table)
 
 
+_no_shared_body: QsteerError | None = None
+"""Why this process does without: a right or a kernel function that it will not get."""
+
+
 def _load_either(build: Build | None, load: Callable[[Build, int], Program]) -> Program:
     """A stub over the shared body if that can be, or a complete program."""
-    if build is Build.COMPLETE:
-        return load(build, NO_BODIES)
+    global _no_shared_body
+    if build is Build.COMPLETE or (build is None and _no_shared_body):
+        return load(Build.COMPLETE, NO_BODIES)
     try:
         return _load_stub(load)
     except QsteerError as error:
@@ -137,6 +142,8 @@ def _load_either(build: Build | None, load: Callable[[Build, int], Program]) -> 
             raise
         # A right or a kernel function that is missing is nothing to worry about; anything else is.
         expected = isinstance(error, PermissionDeniedError) or error.errno == errno.EOPNOTSUPP
+        if expected:
+            _no_shared_body = error
         level = logging.INFO if expected else logging.WARNING
         log.log(level, "no shared body (%s): a complete program instead", error)
         return load(Build.COMPLETE, NO_BODIES)

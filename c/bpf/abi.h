@@ -2,10 +2,10 @@
 /*
  * What BPF programs, the C shim and Python share: no layout is written down twice.
  *
- * QS_ABI numbers the contract between a tap's stub and the shared bodies, and the behaviour of the
- * bodies.  A host keeps one set of them pinned per number, so that a running VM is served by the
- * bodies that it was loaded with.  Any change to what the stub hands over or to what a body answers
- * takes a new number.
+ * QS_ABI numbers the contract between a tap's stub and the shared body, and the behaviour of the
+ * body.  A host keeps one pinned body per number, so that a running VM is served by the body that it
+ * was loaded with.  Any change to what the stub hands over or to what the body answers takes a new
+ * number.
  */
 #ifndef QS_ABI_H
 #define QS_ABI_H
@@ -57,7 +57,7 @@ _Static_assert(sizeof(struct qs_rss_key) == QS_KEY_BYTES, "QEMU maps 40 bytes");
 
 /* How a program was made (qs_ident.build). */
 enum qs_build {
-	QS_BUILD_SHARED_BODY = 1, /* stub of the tap's own, bodies shared by all taps of the host */
+	QS_BUILD_SHARED_BODY = 1, /* stub of the tap's own, body shared by all taps of the host */
 	QS_BUILD_COMPLETE = 2,	  /* everything in the tap's own program; CAP_BPF is enough */
 };
 
@@ -89,22 +89,22 @@ _Static_assert(sizeof(struct qs_ident) == 48, "no hidden padding");
 
 /*
  * What a packet is steered by, made ready when a configuration is known in advance: a cache line,
- * and one more where the table needs more than 16 entries.
+ * and two more where the table needs more than 24 entries.
  */
 struct qs_steering {
 	__u64 windows[QS_WINDOWS]; /* of the key: toeplitz.h */
-	__u32 word;		   /* types, table length - 1, unclassified queue: handover.h */
-	__u32 reserved;
 	__u8 table[QS_TABLE_ENTRIES];
 };
 
 /*
- * The frozen rodata of a stub whose configuration never changes: who it is, what the bodies work
- * with, and the configuration as it was given.
+ * The frozen rodata of a stub whose configuration never changes: who it is, what the body works with,
+ * and the configuration as it was given.  Another layout takes another number.
  */
+#define QS_FROZEN_LAYOUT 0x0000016e657a6f72ULL
 struct qs_frozen {
 	struct qs_ident ident;
-	__u64 reserved[3]; /* steering begins a cache line where struct bpf_array has 312 bytes */
+	__u64 layout;
+	__u64 reserved[2]; /* steering begins a cache line where struct bpf_array has 312 bytes */
 	struct qs_steering steering;
 	struct qs_rss_config config;
 	__u8 key[QS_KEY_BYTES];

@@ -8,7 +8,8 @@
  * fd, may attach the program to sockets of its own and see what it returns.  So every read is
  * bounded on both sides before it happens: it lies between the MAC header and the skb's tail, and
  * the MAC header is where tun (data starts there) or BPF_PROG_TEST_RUN (data starts 14 bytes
- * behind) have it.  On any other skb, those of unix and UDP sockets among them, nothing is read.
+ * behind) have it.  Those of unix and UDP sockets have it nowhere near, or not at all: nothing is
+ * read.
  */
 #ifndef QS_READER_KCTX_H
 #define QS_READER_KCTX_H

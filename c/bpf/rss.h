@@ -5,13 +5,7 @@
  * Theory of operation
  *
  * qs_classify() turns a packet into the Toeplitz input: five 64-bit words, big-endian bytes as
- * numbers, zeroes behind the end (a zero bit adds nothing to a Toeplitz hash, so no length is
- * needed).  qs_bucket() turns the words and the key into the low seven bits of the hash, which is
- * all that a table of 128 entries uses.
- *
- * A Toeplitz hash is the XOR of the 32-bit windows of the key that start at each set bit of the
- * input.  Seen per output bit: hash bit j (0 = least significant) is the parity of the input ANDed
- * with the key shifted left by 31 - j.  Seven parities over at most 36 bytes replace 288 steps.
+ * numbers, zeroes behind the end.  What becomes of it is toeplitz.h's.
  *
  * What a packet has, and has not:
  *  - up to two VLAN tags (802.1Q, 802.1ad); a third makes it unclassified;
@@ -111,11 +105,6 @@ static __always_inline __u16 qs_be16(const void *p)
 	return bpf_ntohs(*(const __u16 *)p);
 }
 
-static __always_inline __u64 qs_be64(const void *p)
-{
-	return bpf_be64_to_cpu(*(const __u64 *)p);
-}
-
 /* Source and destination port at the top of a word, or a negative value: no such header. */
 static __always_inline int qs_ports(struct qs_reader *r, __u64 at, __u32 proto, __u64 *word)
 {
@@ -147,7 +136,7 @@ static __always_inline int qs_classify_ip4(struct qs_reader *r, __u64 at, __u32 
 		 proto == QS_IPPROTO_UDP ? types & QS_HASH_UDP4 :
 					   0;
 	/* more fragments, or an offset */
-	if (wanted && !(qs_be16(ip + 6) & 0x3fff) &&
+	if (wanted && !(qs_be16(ip + 6) & QS_IP4_FRAGMENT_BITS) &&
 	    !qs_ports(r, at + (ip[0] & 0xf) * 4, proto, &word[1]))
 		return 0;
 	return types & QS_HASH_IP4 ? 0 : -1;

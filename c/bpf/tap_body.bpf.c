@@ -52,6 +52,7 @@ SEC("socket")
 int qsteer_body(struct __sk_buff *skb)
 {
 	struct sk_buff *k = bpf_cast_to_kern_ctx(skb);
+	/* Addresses to cast, whatever the verifier makes of them: what is compared are other numbers. */
 	__u64 mac = (__u64)k->head + k->mac_header;
 	__u64 pulled = (__u64)k->data - mac;
 	struct qs_frame frame = {

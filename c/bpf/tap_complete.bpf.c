@@ -222,6 +222,26 @@ static __always_inline int qs_plain_ip6(struct __sk_buff *skb, __u64 *buffer)
 	return qs_entry(qs_hash(p, window, 1), p[1], &buffer[8]);
 }
 
+/* Neither IP nor a tag, for sure: the unclassified queue. */
+static __always_inline int qs_not_ip(struct __sk_buff *skb)
+{
+	__u64 buffer[1];
+	volatile __u32 *at = (volatile __u32 *)buffer;
+	struct qs_rss_config *raw;
+	__u16 proto;
+
+	/* with six bytes of an address before it, so that all eight are written */
+	if (bpf_skb_load_bytes_relative(skb, 6, buffer, 8, BPF_HDR_START_MAC))
+		return -1;
+	proto = qs_last16(buffer[0]);
+	if (proto == bpf_htons(QS_ETH_P_IP) || proto == bpf_htons(QS_ETH_P_IPV6) ||
+	    qs_is_tag(proto))
+		return -1;
+	*at = 0;
+	raw = bpf_map_lookup_elem(&tap_rss_map_configurations, buffer);
+	return raw ? (int)QS_WORD_QUEUE(qs_config_word(raw)) : 0;
+}
+
 SEC("socket")
 int qsteer_tap(struct __sk_buff *skb)
 {
@@ -235,6 +255,11 @@ int qsteer_tap(struct __sk_buff *skb)
 		    qs_last16(p[0]) != bpf_htons(QS_ETH_P_IPV6))
 			return qs_closer(skb);
 		return qs_plain_ip6(skb, buffer);
+	}
+	if (skb->protocol != bpf_htons(QS_ETH_P_IP)) {
+		int queue = qs_not_ip(skb);
+
+		return queue < 0 ? qs_closer(skb) : queue;
 	}
 	if (bpf_skb_load_bytes_relative(skb, QS_FROM, buffer, QS_IP4_BYTES, BPF_HDR_START_MAC) ||
 	    qs_last16(p[0]) != bpf_htons(QS_ETH_P_IP))

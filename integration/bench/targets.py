@@ -49,11 +49,12 @@ def _targets() -> Iterator[Target]:
     yield Target(figure="capbpf.v4_tcp.ratio", target=7)
     yield Target(figure="capbpf.v6_tcp.ratio", target=6)
     for family in ("v4", "v6"):
-        for whose in ("", ".shared_maps"):
+        for whose in ("", ".shared_maps", ".drained", ".drained.shared_maps"):
             yield Target(figure=f"tap.{family}{whose}.of_floor", target=0.95)
             yield Target(figure=f"tap.{family}{whose}.of_automq", target=1)
+        yield Target(figure=f"tap.{family}.capbpf.of_automq", target=1)
     for family in ("v4", "v6"):
-        for whose in ("", ".periodic", ".shared_maps"):
+        for whose in ("", ".periodic", ".shared_maps", ".spread"):
             yield Target(figure=f"taps300.{family}{whose}.of_floor", target=0.93)
     yield Target(figure="setup.verify_ms", target=2, at_most=True)
     for whose in ("", ".shared_maps"):
