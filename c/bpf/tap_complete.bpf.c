@@ -74,7 +74,7 @@ static __always_inline void qs_term(__u64 *x, __u64 window, __u64 chunk, int bit
 	qs_now(*x);
 }
 
-/* Such a word, of 12 bytes of input or of 36: the chunks, and two of the windows, are in p. */
+/* Such a word, of 12 bytes of input or of 36: the chunks, and the last window, are in p. */
 static __always_inline __u64 qs_product(volatile __u64 *p, const __u64 window[QS_WINDOWS], int ip6,
 					int bit)
 {
@@ -84,7 +84,7 @@ static __always_inline __u64 qs_product(volatile __u64 *p, const __u64 window[QS
 	qs_term(&x, window[1], p[3], bit);
 	if (ip6) {
 		qs_term(&x, window[2], p[4], bit);
-		qs_term(&x, p[7], p[5], bit);
+		qs_term(&x, window[3], p[5], bit);
 		qs_term(&x, p[0], p[6], bit);
 	}
 	return x;
@@ -214,9 +214,8 @@ static __always_inline int qs_plain_ip6(struct __sk_buff *skb, __u64 *buffer)
 	next = bpf_be64_to_cpu(p[2]);
 	p[3] = QS_CHUNK(1, next, word);
 	p[2] = next & QS_CHUNK_MASK;
-	/* and two windows what is left of the buffer */
+	/* and a window that of the ethertype */
 	qs_key_windows(key, 0, window);
-	p[7] = window[3];
 	p[0] = window[4];
 	/* of the last word the helper has written the first half, just enough for an index */
 	return qs_entry(qs_hash(p, window, 1), p[1], &buffer[8]);
