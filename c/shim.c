@@ -2,10 +2,6 @@
 #define _GNU_SOURCE
 #include "shim.h"
 
-#include "auto.h"
-#include "bpf/handover.h"
-#include "stub.h"
-
 #include <bpf/bpf.h>
 #include <bpf/libbpf.h>
 #include <errno.h>
@@ -27,6 +23,10 @@
 #include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "auto.h"
+#include "bpf/handover.h"
+#include "stub.h"
 
 #define QS_FDS_MAX 16
 

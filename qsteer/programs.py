@@ -126,27 +126,23 @@ def _maps_of(info: ProgramInfo | None) -> Iterator[tuple[int, int, int] | None]:
         yield (config, key, table)
 
 
-_no_shared_body: QsteerError | None = None
-"""Why this process does without: a right or a kernel function that it will not get."""
-
-
 def _load_either(build: Build | None, load: Callable[[Build, int], Program]) -> Program:
     """A stub over the shared body if that can be, or a complete program."""
-    global _no_shared_body
-    if build is Build.COMPLETE or (build is None and _no_shared_body):
-        return load(Build.COMPLETE, NO_BODIES)
+    if build is Build.COMPLETE:
+        return load(build, NO_BODIES)
     try:
         return _load_stub(load)
     except QsteerError as error:
         if build:
             raise
-        # A right or a kernel function that is missing is nothing to worry about; anything else is.
-        expected = isinstance(error, PermissionDeniedError) or error.errno == errno.EOPNOTSUPP
-        if expected:
-            _no_shared_body = error
-        level = logging.INFO if expected else logging.WARNING
+        level = logging.INFO if _is_expected(error) else logging.WARNING
         log.log(level, "no shared body (%s): a complete program instead", error)
         return load(Build.COMPLETE, NO_BODIES)
+
+
+def _is_expected(error: QsteerError) -> bool:
+    """A right or a kernel function that is missing is nothing to worry about; anything else is."""
+    return isinstance(error, PermissionDeniedError) or error.errno == errno.EOPNOTSUPP
 
 
 def _load_stub(load: Callable[[Build, int], Program]) -> Program:
@@ -252,7 +248,7 @@ def shared_bodies() -> int:
     found = _pinned_bodies()
     if found is not None:
         return found
-    bodies = out_fd_bpf(lambda out: lib.qs_bodies_create(_BODY, out), "cannot load the shared body")
+    bodies = _new_bodies()
     try:
         _prove(bodies)
         _pin(bodies, bodies_pin())
@@ -263,6 +259,23 @@ def shared_bodies() -> int:
     if found is None:
         raise BusyError(f"{bodies_pin()} does not stay pinned")
     return found
+
+
+_refused: QsteerError | None = None
+"""Why this process cannot load the body: to hear it again takes longer than all else that a tap needs."""
+
+
+def _new_bodies() -> int:
+    """An fd of a prog_array with a body of its own.  Raises QsteerError."""
+    global _refused
+    if _refused:
+        raise _refused.with_traceback(None)
+    try:
+        return out_fd_bpf(lambda out: lib.qs_bodies_create(_BODY, out), "cannot load the shared body")
+    except QsteerError as error:
+        if _is_expected(error):
+            _refused = error
+        raise
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
 /*
- * What a tap's stub leaves in skb->cb for the shared bodies; part of QS_ABI.
+ * What a tap's stub leaves in skb->cb for the shared body; part of QS_ABI.
  *
  * A stub whose configuration is frozen:
  *

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from qsteer import execute, holds, inventory, kernel, procs, programs
-from qsteer.errors import BusyError, ConflictError, QsteerError, UnsupportedError
+from qsteer.errors import BusyError, ConflictError, PermissionDeniedError, QsteerError, UnsupportedError
 from qsteer.model import Build, Source, Tap
 from qsteer.plan import Plan, Refresh, Static, Wanted, plan_apply, plan_off
 from qsteer.reference import queue_of
@@ -308,6 +308,50 @@ def test_maps_that_are_laid_out_otherwise(tap: support.TapUnderTest, build: Buil
         os.close(read_only)
         if bodies != programs.NO_BODIES:
             os.close(bodies)
+
+
+@pytest.mark.shared_body
+def test_odd_maps_cost_no_other_tap_the_shared_body(need_root: None) -> None:
+    """That a program cannot be loaded over some QEMU's maps says nothing about the body."""
+    odd = (private.array_map(b"odd", 10), private.array_map(b"odd", 40), private.array_map(b"odd", 4))
+    try:
+        with pytest.raises(UnsupportedError):
+            programs._load_either(
+                None, lambda which, bodies: programs._load(which, "qs-tap", Source.QEMU_MAPS, 0, None, bodies, odd)
+            )
+    finally:
+        for fd in odd:
+            os.close(fd)
+    program = programs.load_program(tap="qs-tap", source=Source.STATIC)
+    assert program.build is Build.SHARED_BODY
+    program.close()
+
+
+@pytest.mark.shared_body
+def test_a_body_that_is_refused_is_not_tried_again(need_root: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But one that somebody else has pinned is used."""
+    tried = []
+    refusal = PermissionDeniedError("no body", errno=errno.EPERM)
+
+    def refuse(*_: object) -> int:
+        tried.append(1)
+        raise refusal
+
+    with monkeypatch.context() as patched:
+        patched.setattr(programs, "_refused", None)
+        patched.setattr(programs, "out_fd_bpf", refuse)
+        patched.setattr(programs, "_pinned_bodies", lambda: None)
+        for _ in range(3):
+            program = programs.load_program(tap="qs-tap", source=Source.STATIC)
+            assert program.build is Build.COMPLETE
+            program.close()
+        assert len(tried) == 1
+    os.close(programs.shared_bodies())
+    with monkeypatch.context() as patched:
+        patched.setattr(programs, "_refused", refusal)
+        program = programs.load_program(tap="qs-tap", source=Source.STATIC)
+        assert program.build is Build.SHARED_BODY
+        program.close()
 
 
 @pytest.mark.parametrize("build", support.BUILDS)
