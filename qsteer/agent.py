@@ -62,18 +62,18 @@ _POLL_FIRST_S, _POLL_LAST_S = 0.002, 0.1
 _SHOWN_MAX = 200
 
 
-def read(path: str, process: Process, mac: str) -> Reading:
+def read(path: str, process: Process, mac: str, *, answer_s: float = 0.0) -> Reading:
     """Key, table and hash types that the guest's driver has for the NIC with the address ``mac``.
 
     ``path`` is the agent's socket as ``process``, a QEMU, sees it.  The reading has no configuration if the guest's NIC
-    has no RSS.  Takes TIMEOUT_S at most.  Raises BusyError if there is no answer in time; UnsupportedError if the agent
-    may not do it or there is no ethtool; NotFoundError if there is no such socket, or no interface with that address;
-    QsteerError on anything else, be it an answer that makes no sense.
+    has no RSS.  Takes ``answer_s`` at most, or TIMEOUT_S if that is longer.  Raises BusyError if there is no answer in
+    time; UnsupportedError if the agent may not do it or there is no ethtool; NotFoundError if there is no such socket,
+    or no interface with that address; QsteerError on anything else, be it an answer that makes no sense.
     """
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + max(TIMEOUT_S, answer_s)
     with peer.connect(path, process, timeout_s=SYNC_TIMEOUT_S) as connected:
         agent = _Agent(connected, f"the guest agent of process {process.pid}", deadline)
-        agent.synchronise()
+        agent.synchronise(max(SYNC_TIMEOUT_S, answer_s / 2))
         # QEMU takes dashes for colons.
         mac = printable(mac[:_SHOWN_MAX]).replace("-", ":").lower()
         return _read(agent, _interfaces(agent, mac), mac)
@@ -165,10 +165,10 @@ class _Agent:
         self._left = BYTES_MAX
         self._programs = _ETHTOOLS
 
-    def synchronise(self) -> None:
+    def synchronise(self, timeout_s: float) -> None:
         """Pass over all that was said before.  Raises BusyError if nobody is there to talk to."""
         number = int.from_bytes(os.urandom(6))
-        deadline = min(self._deadline, time.monotonic() + SYNC_TIMEOUT_S)
+        deadline = min(self._deadline, time.monotonic() + timeout_s)
         try:
             self._send(b"\xff" + _encode("guest-sync-delimited", {"id": number}), deadline)
             while True:

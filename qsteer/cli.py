@@ -95,17 +95,18 @@ def parser() -> argparse.ArgumentParser:
     desired.add_argument("--source", choices=SOURCES, default="auto", help="default: auto, the best that works")
     desired.add_argument("--replace", action="store_true", help="take a foreign program, or QEMU's own, off")
     desired.add_argument("--force", action="store_true", help="attach even where QEMU undoes it in software")
-    lock = _Parser(add_help=False)
-    lock.add_argument("--timeout", type=_seconds, default=5.0, metavar="S", help="wait for another qsteer (5 s)")
+    patience = _Parser(add_help=False)
+    text = "wait so long for another qsteer, and for what a VM answers (5 s)"
+    patience.add_argument("--timeout", type=_seconds, default=5.0, metavar="S", help=text)
     expect = _Parser(add_help=False)
     expect.add_argument("--expect", metavar="REV", help="only if the tap is still at this revision (status -j)")
 
-    added = verb("status", "show every tap, and what the kernel says steers it", select, allow, output)
+    added = verb("status", "show every tap, and what the kernel says steers it", select, allow, patience, output)
     added.add_argument("--check", action="store_true", help="ask the guests, too; exit code 7 on a difference")
-    added = verb("show", "show types, key and table, read back from the kernel's maps", select, allow, output)
+    added = verb("show", "show types, key and table, read back from the kernel's maps", select, allow, patience, output)
     added.add_argument("--source", choices=("device-state", "guest-agent"), help="the guest's own, read by this source")
 
-    added = verb("apply", "steer the taps of a VM that runs", select, desired, allow, expect, lock, change, output)
+    added = verb("apply", "steer the taps of a VM that runs", select, desired, allow, expect, patience, change, output)
     _add_static(added)
     added.add_argument("--if-absent", action="store_true", help="only where no program is attached")
     added.add_argument(
@@ -113,17 +114,19 @@ def parser() -> argparse.ArgumentParser:
     )
 
     text = "stop steering (QEMU may attach a program that it was given again)"
-    off = verb("off", text, select, expect, lock, change, output)
+    off = verb("off", text, select, expect, patience, change, output)
     off.add_argument("--replace", action="store_true", help="take even a foreign program, or QEMU's own, off")
 
-    added = verb("keep", "keep taps steered, whatever QEMU and guests do (a daemon)", select, desired, allow, output)
+    added = verb(
+        "keep", "keep taps steered, whatever QEMU and guests do (a daemon)", select, desired, allow, patience, output
+    )
     added.set_defaults(if_absent=False, expect=None, refresh=False)
     _add_static(added)
     added.add_argument(
         "--reread", type=_seconds, default=60.0, metavar="S", help="ask guests again this often; 0: never (60 s)"
     )
     verb("monitor", "print what happens to taps, change nothing", select, output)
-    verb("clean", "remove what no tap uses any more from the host", lock, change, output)
+    verb("clean", "remove what no tap uses any more from the host", patience, change, output)
 
     run = verb("run", "start QEMU with taps that are steered as the guest asks", change, output)
     run.usage = "qsteer run [--vm NAME] --tap id=ID,queues=N[,...] [--user USER] [-n] -- QEMU [ARGUMENT ...]"
@@ -133,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         required=True,
-        metavar="id=ID,queues=N[,ifname=][,bridge=][,mac=][,mtu=][,vhost=auto|on|off][,rss=on|off]",
+        metavar="id=ID,queues=N[,ifname=][,bridge=][,mac=][,mtu=][,vhost=auto|on|off][,rss=auto|on|off]",
         help="a NIC and its tap (repeatable)",
     )
     run.add_argument("--user", metavar="USER", help="who QEMU runs as (as root: must be given)")

@@ -24,6 +24,7 @@ from qsteer.keeper import Keeper
 from qsteer.model import Inventory, ProgramInfo, Tap
 from qsteer.notify import Journal, Priority, Service, write_line
 from qsteer.plan import Wanted
+from qsteer.readings import Manner
 from qsteer.selection import Selection
 from qsteer.signals import Signals, Wake
 from qsteer.watch import Event, events, missing, text, to_json
@@ -77,8 +78,8 @@ class Worker(Protocol):
 def main_keep(
     selection: Selection,
     wanted: Wanted,
+    manner: Manner,
     *,
-    qmp: str | None = None,
     reread_s: float = 60.0,
     json: bool = False,
     quiet: bool = False,
@@ -95,7 +96,7 @@ def main_keep(
         if json:
             write_line(_line_of_json(told), STDOUT)
 
-    keeper = Keeper(selection, wanted, qmp=qmp, reread_s=reread_s, tell=tell, say=journal.say)
+    keeper = Keeper(selection, wanted, manner, reread_s=reread_s, tell=tell, say=journal.say)
     try:
         return _Loop(keeper, Service(), journal).run()
     finally:
@@ -137,7 +138,7 @@ class _Loop:
         self._ready = False
         self._soonest = self._latest = self._alive = self._tick = self._due = 0.0
         self._bodies: dict[int, tuple[ProgramInfo, bool]] = {}
-        self._said = ""
+        self._said = self._failure = ""
 
     def run(self) -> int:
         """Until a signal ends it.  Gives the exit code."""
@@ -186,9 +187,12 @@ class _Loop:
         except QsteerError as error:
             if not self._found:
                 raise
-            self._journal.say(f"cannot look: {error}", Priority.WARNING)
+            if str(error) != self._failure:
+                self._journal.say(f"cannot look: {error}", Priority.WARNING)
+            self._failure = str(error)
             self._look_wanted, self._soonest = True, now + FAILED_S
             return
+        self._failure = ""
         seen = time.monotonic()
         self._found = found
         self._worker.look(found, seen)

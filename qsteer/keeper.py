@@ -22,6 +22,7 @@ from qsteer.errors import BusyError, ConflictError, NotFoundError, QsteerError
 from qsteer.model import Inventory, Kind, Tap
 from qsteer.notify import Priority
 from qsteer.plan import Attach, AttachHeld, Detach, Plan, Refresh, Wanted, plan_apply
+from qsteer.readings import Manner
 from qsteer.selection import Selection
 from qsteer.upkeep import Memory
 from qsteer.watch import (
@@ -114,8 +115,8 @@ class Keeper:
         self,
         selection: Selection,
         wanted: Wanted,
+        manner: Manner,
         *,
-        qmp: str | None = None,
         reread_s: float,
         tell: Tell,
         say: Callable[[str, Priority], None],
@@ -130,7 +131,7 @@ class Keeper:
         self._repairs = Repairs()
         # A guest that is followed may say something else often, and has to be read as often.
         self._followings = Repairs(most=FOLLOW_MOST, calm_s=FOLLOW_CALM_S)
-        self._askers: Askers[Who] = Askers(lambda tap, wanted: readings.complete(tap, wanted, qmp=qmp))
+        self._askers: Askers[Who] = Askers(lambda tap, wanted: readings.complete(tap, wanted, manner))
         # One question per VM: a QEMU that hangs must not take all who ask.
         self._asked_vms: set[Vm | None] = set()
         self._periodic_at = 0.0

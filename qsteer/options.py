@@ -9,6 +9,7 @@ from qsteer import ethtool, rss
 from qsteer.errors import UsageError, from_errno
 from qsteer.model import Source
 from qsteer.plan import Static, Wanted
+from qsteer.readings import Manner
 from qsteer.selection import Selection
 
 _REVISION = re.compile("[0-9a-f]{12}")
@@ -54,6 +55,11 @@ def wanted(options: argparse.Namespace) -> Wanted:
         refresh=options.refresh,
         allow_pause=may_pause(options),
     )
+
+
+def manner(options: argparse.Namespace) -> Manner:
+    """How guests are asked."""
+    return Manner(qmp=options.qmp, turn_s=options.timeout, answer_s=options.timeout)
 
 
 def expected(options: argparse.Namespace) -> str | None:

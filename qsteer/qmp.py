@@ -30,7 +30,7 @@ import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from qsteer import peer
 from qsteer.errors import BusyError, PermissionDeniedError, QsteerError, UnsupportedError, from_errno, printable
@@ -80,14 +80,14 @@ def probe(binary: str, *, drivers: Iterable[str], become: Callable[[], None] | N
     does not answer as QEMU, with the first line of what it printed.
     """
     ours, theirs = socket.socketpair()
-    lifeline, held = os.pipe()
+    lifeline, writer = os.pipe()
     with contextlib.ExitStack() as stack:
-        stack.callback(os.close, held)
+        held = stack.enter_context(os.fdopen(writer, "wb"))
         stack.enter_context(ours)
         with theirs, contextlib.ExitStack() as child_only:
             child_only.callback(os.close, lifeline)
             child = _start(binary, theirs.fileno(), lifeline, become)
-            stack.callback(_end, child)
+            stack.callback(_end, child, held)
         try:
             began = time.monotonic()
             return _run(ours, lambda client: _ask(client, drivers), began, PROBE_TIMEOUT_S, PROBE_TIMEOUT_S)
@@ -167,17 +167,19 @@ def converse(
     process: Process,
     exchange: Callable[[Monitor], Awaitable[_Answer]],
     *,
-    exchange_timeout_s: float = TIMEOUT_S,
+    answer_s: float = 0.0,
+    longer_s: float = 0.0,
 ) -> _Answer:
     """One exchange with a QEMU that runs, on the unix socket ``path`` that ``process`` sees and itself listens on.
 
-    ``exchange_timeout_s`` is for all of it, connecting included.  Raises what ``peer.connect`` and ``exchange`` raise;
-    BusyError if QEMU does not answer in time (a monitor serves one client at a time), QsteerError if it breaks off, or
-    sends too much.
+    All of it, connecting included, may take ``answer_s``, at least TIMEOUT_S, and ``longer_s`` more where QEMU needs a
+    while for what is asked.  Raises what ``peer.connect`` and ``exchange`` raise; BusyError if QEMU does not answer in
+    time (a monitor serves one client at a time), QsteerError if it breaks off, or sends too much.
     """
     began = time.monotonic()
-    with peer.connect(path, process, timeout_s=TIMEOUT_S) as sock:
-        return _session(sock, f'"{printable(path)}"', exchange, began, TIMEOUT_S, exchange_timeout_s)
+    timeout_s = max(TIMEOUT_S, answer_s)
+    with peer.connect(path, process, timeout_s=timeout_s) as sock:
+        return _session(sock, f'"{printable(path)}"', exchange, began, timeout_s, timeout_s + longer_s)
 
 
 def member(answer: object, name: str) -> object:
@@ -239,9 +241,11 @@ def _start(binary: str, qmp_fd: int, lifeline: int, become: Callable[[], None] |
         ) from None
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def _end(child: subprocess.Popen[bytes], held: BinaryIO) -> None:
     # Not yet waited for, so the group still is the child's own, whether it lives or not.
-    with contextlib.suppress(ProcessLookupError):
+    held.close()
+    # Another user's process takes CAP_KILL, but for the kernel, which has just ended it.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     if child.stderr:

@@ -85,12 +85,12 @@ class QmpVm:
     nics: tuple[QmpNic, ...]
 
 
-def inspect(path: str, process: Process) -> QmpVm:
+def inspect(path: str, process: Process, *, answer_s: float = 0.0) -> QmpVm:
     """What the QEMU ``process`` says at its QMP socket ``path``.  Raises what ``qmp.converse`` raises."""
-    return qmp.converse(path, process, lambda monitor: describe(monitor, process.pid))
+    return qmp.converse(path, process, lambda monitor: describe(monitor, process.pid), answer_s=answer_s)
 
 
-def used_buffers(path: str, process: Process, tap: Tap) -> tuple[int | None, ...]:
+def used_buffers(path: str, process: Process, tap: Tap, *, answer_s: float = 0.0) -> tuple[int | None, ...]:
     """``used`` of the NIC behind ``tap``, which has a queue for each of the tap's.
 
     Raises what ``qmp.converse`` and ``nic_of`` raise.
@@ -100,7 +100,7 @@ def used_buffers(path: str, process: Process, tap: Tap) -> tuple[int | None, ...
         nic = nic_of(await describe(monitor, process.pid), tap)
         return await used(monitor, nic, tap.attached)
 
-    return qmp.converse(path, process, exchange)
+    return qmp.converse(path, process, exchange, answer_s=answer_s)
 
 
 async def used(monitor: Monitor, nic: QmpNic, queues: int) -> tuple[int | None, ...]:

@@ -7,7 +7,7 @@ guest.  Both speak to processes that are not trusted: what comes back is bounded
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from qsteer import peer
@@ -21,57 +21,67 @@ _PATHS_MAX = 3
 _Answer = TypeVar("_Answer")
 
 
-def complete(tap: Tap, wanted: Wanted, *, qmp: str | None = None, patience_s: float = 0.0) -> Tap:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manner:
+    """How guests are asked: by which QMP socket (None: by those that their QEMUs name), and with how much patience.
+
+    ``turn_s`` is how long to wait for a VM that was stopped a moment ago, or is being read; ``answer_s`` for what QEMU
+    and the guest's agent say, if that is longer than they are given anyhow.
+    """
+
+    qmp: str | None = None
+    turn_s: float = 0.0
+    answer_s: float = 0.0
+
+
+def complete(tap: Tap, wanted: Wanted, manner: Manner) -> Tap:
     """The tap with all that ``plan_apply`` needs to know for what is wanted.
 
-    Waits ``patience_s`` at most for a VM that was stopped a moment ago, or is being read.  Raises QsteerError if a
-    source that was named cannot be read, BusyError if one of several was busy and none answered.
+    Raises QsteerError if a source that was named cannot be read, BusyError if one of several was busy and none
+    answered.
     """
     if not wanted.static and wanted.source is not Source.STATIC:
-        tap = _with_nic(tap, qmp)
+        tap = _with_nic(tap, manner)
     sources = readings_wanted(tap, wanted)
     if wanted.source in sources:
-        allow_pause = wanted.allow_pause
-        return read(tap, wanted.source, qmp=qmp, allow_pause=allow_pause, patience_s=patience_s)
-    tap, busy = _first_that_answers(tap, sources, qmp, patience_s)
+        return read(tap, wanted.source, manner, allow_pause=wanted.allow_pause)
+    tap, busy = _first_that_answers(tap, sources, manner)
     if busy and not tap.reading:
         raise busy
     return tap
 
 
-def check(tap: Tap, *, qmp: str | None, allow_pause: bool, patience_s: float) -> Tap:
+def check(tap: Tap, manner: Manner, *, allow_pause: bool) -> Tap:
     """The tap with what its guest asks for, unless that is known without asking; why not, where it cannot be asked."""
-    tap = _with_used(_with_nic(tap, qmp), qmp)
+    tap = _with_used(_with_nic(tap, manner), manner)
     if agrees(tap) is not Agrees.UNKNOWN or not tap.steerable or not tap.vm:
         return tap
     paused = (Source.DEVICE_STATE,) if allow_pause else ()
-    tap, busy = _first_that_answers(tap, (*paused, Source.GUEST_AGENT), qmp, patience_s)
+    tap, busy = _first_that_answers(tap, (*paused, Source.GUEST_AGENT), manner)
     if tap.reading:
         return tap
     why = () if allow_pause else ("device-state takes --allow pause",)
     return replace(tap, unread=(*why, *tap.unread, *((str(busy),) if busy else ())))
 
 
-def read(tap: Tap, source: Source | None, *, qmp: str | None, allow_pause: bool, patience_s: float) -> Tap:
+def read(tap: Tap, source: Source | None, manner: Manner, *, allow_pause: bool) -> Tap:
     """The tap with what its guest asks for, by one source.  Raises QsteerError."""
     if source is Source.DEVICE_STATE:
         if not allow_pause:
             raise UnsupportedError(
                 f'device-state stops the VM behind tap "{tap.name}" for a moment', hint="--allow pause, if it may"
             )
-        return replace(tap, reading=_device_state(tap, qmp, patience_s))
-    tap = _with_nic(tap, qmp, with_mac=True)
-    return replace(tap, reading=_guest_agent(tap))
+        return replace(tap, reading=_device_state(tap, manner))
+    tap = _with_nic(tap, manner, with_mac=True)
+    return replace(tap, reading=_guest_agent(tap, manner))
 
 
-def _first_that_answers(
-    tap: Tap, sources: Sequence[Source], qmp: str | None, patience_s: float
-) -> tuple[Tap, BusyError | None]:
+def _first_that_answers(tap: Tap, sources: Sequence[Source], manner: Manner) -> tuple[Tap, BusyError | None]:
     """The tap with the first reading there is; else why there is none, and what may go better a moment later."""
     busy: BusyError | None = None
     for source in sources:
         try:
-            return read(tap, source, qmp=qmp, allow_pause=True, patience_s=patience_s), None
+            return read(tap, source, manner, allow_pause=True), None
         except BusyError as error:
             busy = busy or error
         except QsteerError as error:
@@ -79,13 +89,16 @@ def _first_that_answers(
     return tap, busy
 
 
-def _device_state(tap: Tap, qmp: str | None, patience_s: float) -> Reading:
+def _device_state(tap: Tap, manner: Manner) -> Reading:
     from qsteer import savestate
 
-    return _over_qmp(tap, qmp, lambda path, process: savestate.reading(path, process, tap, patience_s=patience_s))
+    def ask(path: str, process: Process) -> Reading:
+        return savestate.reading(path, process, tap, patience_s=manner.turn_s, answer_s=manner.answer_s)
+
+    return _over_qmp(tap, manner, ask)
 
 
-def _guest_agent(tap: Tap) -> Reading:
+def _guest_agent(tap: Tap, manner: Manner) -> Reading:
     from qsteer import agent
 
     process = _process(tap)
@@ -100,17 +113,17 @@ def _guest_agent(tap: Tap) -> Reading:
         raise UnsupportedError(
             f'the guest\'s MAC of the NIC behind tap "{tap.name}" is not known', hint="--qmp PATH, to ask QEMU"
         )
-    return agent.read(path, process, tap.nic.mac)
+    return agent.read(path, process, tap.nic.mac, answer_s=manner.answer_s)
 
 
-def _with_nic(tap: Tap, qmp: str | None, *, with_mac: bool = False) -> Tap:
+def _with_nic(tap: Tap, manner: Manner, *, with_mac: bool = False) -> Tap:
     """The NIC as QEMU knows it, where its command line does not say: one that was plugged in later, a default MAC."""
     if not tap.vm or (tap.nic and (tap.nic.mac or not with_mac)):
         return tap
     from qsteer import qmpvm
 
     try:
-        vm = _over_qmp(tap, qmp, qmpvm.inspect)
+        vm = _over_qmp(tap, manner, lambda path, process: qmpvm.inspect(path, process, answer_s=manner.answer_s))
         found = qmpvm.nic_of(vm, tap)
     except QsteerError as error:
         return replace(tap, unread=(*tap.unread, f"its NIC: {error}"))
@@ -119,21 +132,24 @@ def _with_nic(tap: Tap, qmp: str | None, *, with_mac: bool = False) -> Tap:
     return replace(tap, nic=Nic(id=found.id, netdev=found.netdev, mac=found.mac, rss=found.rss, vhost=vhost))
 
 
-def _with_used(tap: Tap, qmp: str | None) -> Tap:
+def _with_used(tap: Tap, manner: Manner) -> Tap:
     """What QEMU has counted of each receive queue, where it can be asked."""
     if not tap.vm or not tap.steerable:
         return tap
     from qsteer import qmpvm
 
+    def ask(path: str, process: Process) -> tuple[int | None, ...]:
+        return qmpvm.used_buffers(path, process, tap, answer_s=manner.answer_s)
+
     with contextlib.suppress(QsteerError):
-        return replace(tap, used=_over_qmp(tap, qmp, lambda path, process: qmpvm.used_buffers(path, process, tap)))
+        return replace(tap, used=_over_qmp(tap, manner, ask))
     return tap
 
 
-def _over_qmp(tap: Tap, qmp: str | None, ask: Callable[[str, Process], _Answer]) -> _Answer:
+def _over_qmp(tap: Tap, manner: Manner, ask: Callable[[str, Process], _Answer]) -> _Answer:
     """By the first QMP socket of the VM that can be had; libvirt's own monitor serves libvirt alone."""
     process = _process(tap)
-    paths = (peer.OwnPath(qmp),) if qmp else process.args.qmp_paths if process.args else ()
+    paths = (peer.OwnPath(manner.qmp),) if manner.qmp else process.args.qmp_paths if process.args else ()
     monitor = tap.domain.monitor if tap.domain else None
     # Who can write a command line can write a thousand paths on it, each of which takes its time.
     paths = tuple(path for path in dict.fromkeys(paths) if path != monitor)[:_PATHS_MAX]

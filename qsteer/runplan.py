@@ -9,7 +9,8 @@ Pure.  ``make_plan`` decides everything that can be decided before anything is o
 
 Two rules.  A -device of the user's own, or a -global for its driver, is never contradicted: the device gains only what
 it lacks.  And a guest is not offered RSS that it would not get: with vhost, QEMU 10.1 and later silently ignores a
-program that it is passed, so there qsteer neither loads one nor sets ``rss``; without vhost it does both.
+program that it is passed, so there qsteer neither loads one nor, unless told, sets ``rss``; without vhost it does
+both.
 """
 
 import enum
@@ -53,6 +54,14 @@ class Vhost(enum.StrEnum):
     OFF = "off"
 
 
+class Rss(enum.StrEnum):
+    """``auto`` offers the guest RSS where QEMU delivers it; ``on`` also where somebody else has to."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TapSpec:
     """One ``--tap``.  An empty ``ifname`` lets the kernel choose, an empty ``bridge`` joins none."""
@@ -64,7 +73,7 @@ class TapSpec:
     mac: str | None = None
     mtu: int | None = None
     vhost: Vhost = Vhost.AUTO
-    rss: bool = True
+    rss: Rss = Rss.AUTO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +150,7 @@ def parse_tap(text: str) -> TapSpec:
             mac=_mac(given["mac"]) if "mac" in given else None,
             mtu=_number("mtu", given["mtu"], MTU_MIN, MTU_MAX) if "mtu" in given else None,
             vhost=Vhost(_choice("vhost", given.get("vhost", "auto"), tuple(Vhost))),
-            rss=_choice("rss", given.get("rss", "on"), ("on", "off")) == "on",
+            rss=Rss(_choice("rss", given.get("rss", "auto"), tuple(Rss))),
         )
     except UsageError as error:
         raise UsageError(f"--tap {text}: {error.message}", hint=error.hint) from None
@@ -214,7 +223,7 @@ def _nic(spec: TapSpec, args: QemuArgs, probe: "QemuProbe", vhost_available: boo
 
     own = qemuargs.defaults_of(args, driver) | (dict(device.properties) if device else {})
     own_rss = qemuargs.parse_bool(own.get("rss"))
-    wants_rss = spec.queues > 1 and spec.rss and own_rss is not False
+    wants_rss = spec.queues > 1 and spec.rss is not Rss.OFF and own_rss is not False
     ignores_program = probe.version[:2] >= _VHOST_IGNORES_PROGRAM
     vhost = _vhost(spec, vhost_available, wants_rss and ignores_program)
     steered = wants_rss and not (vhost and ignores_program)
@@ -229,8 +238,10 @@ def _nic(spec: TapSpec, args: QemuArgs, probe: "QemuProbe", vhost_available: boo
     wanted = ["mac"]
     if spec.queues > 1:
         wanted += ("mq", "vectors")
+    if steered or (wants_rss and spec.rss is Rss.ON):
+        wanted.append("rss")
     if steered:
-        wanted += ("rss", "ebpf-rss-fds")
+        wanted.append("ebpf-rss-fds")
     if spec.mtu is not None:
         wanted.append("host_mtu")
     return Nic(
@@ -290,16 +301,17 @@ def _notes(
         return ("one queue, nothing to steer",)
     if own_rss is False:
         return ("rss=off on QEMU's command line: the guest is not offered RSS, no program is loaded",)
-    if not spec.rss and own_rss:
+    if spec.rss is Rss.OFF and own_rss:
         return ("rss=off, but rss=on on QEMU's command line: no program is loaded, QEMU steers in software",)
-    if not spec.rss:
+    if spec.rss is Rss.OFF:
         return ()
     if not steered:
-        offered = "is offered RSS and does not get it" if own_rss else "is not offered RSS"
-        return (
-            f"vhost=on: QEMU {version} (10.1 and later) does not use a steering program with vhost: none is "
-            f"loaded, the guest {offered}; to steer it all the same: qsteer apply --source static",
+        offered = own_rss or spec.rss is Rss.ON
+        goes_on = "the guest is offered RSS" if offered else "the guest is offered RSS only with rss=on in --tap"
+        ignored = (
+            f"vhost=on: QEMU {version} (10.1 and later) does not use a steering program with vhost: none is loaded"
         )
+        return (f"{ignored}, {goes_on}; what steers it then: qsteer keep --allow pause",)
     notes = []
     if lost_vhost:
         notes.append(

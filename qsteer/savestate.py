@@ -48,7 +48,6 @@ _LOCK_MANAGER = re.compile(r"""^\s*lock_manager\s*=\s*(["'])(.*?)\1""", re.MULTI
 _MIGRATION_ENDED = (None, "none", "completed", "failed", "cancelled")
 _JOB_ENDED = ("concluded", "null")
 _LAST_WORDS_S = 2.0
-_TIMEOUT_S = qmp.TIMEOUT_S + WRITING_TIMEOUT_S + _LAST_WORDS_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +59,13 @@ class DeviceState:
 
 
 def reading(
-    path: str, process: Process, tap: Tap, *, interval_s: float = pauses.INTERVAL_S, patience_s: float = 0.0
+    path: str,
+    process: Process,
+    tap: Tap,
+    *,
+    interval_s: float = pauses.INTERVAL_S,
+    patience_s: float = 0.0,
+    answer_s: float = 0.0,
 ) -> Reading:
     """What the guest asks of the NIC behind ``tap``, by the QEMU ``process`` at its QMP socket ``path``.
 
@@ -82,7 +87,8 @@ def reading(
         return Reading(source=Source.DEVICE_STATE, config=config, paused_ms=state.paused_ms)
 
     with pauses.turn(process, interval_s=interval_s, patience_s=patience_s) as stamp:
-        return qmp.converse(path, process, exchange, exchange_timeout_s=_TIMEOUT_S)
+        longer_s = WRITING_TIMEOUT_S + _LAST_WORDS_S
+        return qmp.converse(path, process, exchange, answer_s=answer_s, longer_s=longer_s)
 
 
 def device_state(path: str, process: Process, *, interval_s: float = pauses.INTERVAL_S) -> DeviceState:
@@ -91,7 +97,8 @@ def device_state(path: str, process: Process, *, interval_s: float = pauses.INTE
     The caller has to leave a libvirt domain alone where ``lock_manager`` says so.
     """
     with pauses.turn(process, interval_s=interval_s) as stamp:
-        return qmp.converse(path, process, lambda monitor: _save(monitor, stamp), exchange_timeout_s=_TIMEOUT_S)
+        longer_s = WRITING_TIMEOUT_S + _LAST_WORDS_S
+        return qmp.converse(path, process, lambda monitor: _save(monitor, stamp), longer_s=longer_s)
 
 
 def lock_manager() -> bool:

@@ -16,8 +16,6 @@ from qsteer.state import Agrees, agrees, broken
 
 _Place = tuple[int, int, tuple[int, int] | None]
 
-PATIENCE_S = 5.0
-"""How long ``status`` and ``show`` wait for a VM that was stopped a moment ago."""
 DIFFERENCE = 7
 """The exit code of ``status --check`` where a guest does not get what it asks for."""
 
@@ -37,7 +35,7 @@ def status(given: argparse.Namespace) -> int:
 
 
 def _checked(given: argparse.Namespace, tap: Tap) -> Tap:
-    return readings.check(tap, qmp=given.qmp, allow_pause=options.may_pause(given), patience_s=PATIENCE_S)
+    return readings.check(tap, options.manner(given), allow_pause=options.may_pause(given))
 
 
 def _differs(tap: Tap) -> bool:
@@ -51,8 +49,8 @@ def show(given: argparse.Namespace) -> int:
     if given.source:
         if not options.selection(given, required=False):
             raise UsageError("whose configuration?", hint="--vm NAME, --pid PID or --dev TAP")
-        how = {"qmp": given.qmp, "allow_pause": options.may_pause(given), "patience_s": PATIENCE_S}
-        taps = tuple(readings.read(tap, Source(given.source), **how) for tap in taps)
+        source, manner, allow_pause = Source(given.source), options.manner(given), options.may_pause(given)
+        taps = tuple(readings.read(tap, source, manner, allow_pause=allow_pause) for tap in taps)
     if given.json:
         documents = [render.show_json(tap) for tap in taps]
         print(render.document("qsteer.show/1", documents, pretty=given.pretty))
@@ -86,7 +84,7 @@ def _ask(given: argparse.Namespace, wanted: Wanted) -> dict[_Place, Tap | Qsteer
     answers: dict[_Place, Tap | QsteerError] = {}
     for tap in select(inventory.fetch(strict=True), options.selection(given, required=True)):
         try:
-            answers[_place(tap)] = readings.complete(tap, wanted, qmp=given.qmp, patience_s=given.timeout)
+            answers[_place(tap)] = readings.complete(tap, wanted, options.manner(given))
         except QsteerError as error:
             answers[_place(tap)] = error
     return answers
@@ -170,7 +168,7 @@ def keep(given: argparse.Namespace) -> int:
     return daemon.main_keep(
         options.selection(given, required=True),
         options.wanted(given),
-        qmp=given.qmp,
+        replace(options.manner(given), turn_s=0.0),
         reread_s=given.reread,
         json=given.json,
         quiet=given.quiet,

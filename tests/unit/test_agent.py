@@ -152,10 +152,10 @@ def serving(path: Path, talk: Callable[[socket.socket], object]) -> Iterator[Non
 def ask(tmp_path: Path, me: Process) -> Callable[..., Reading]:
     """Read through an agent that ``talk`` is, or that a fake guest has."""
 
-    def read(guest: FakeGuest | Callable[[socket.socket], object], mac: str = MAC) -> Reading:
+    def read(guest: FakeGuest | Callable[[socket.socket], object], mac: str = MAC, answer_s: float = 0.0) -> Reading:
         path = tmp_path / "agent"
         with serving(path, guest.talk if isinstance(guest, FakeGuest) else guest):
-            return agent.read(str(path), me, mac)
+            return agent.read(str(path), me, mac, answer_s=answer_s)
 
     return read
 
@@ -175,6 +175,16 @@ class TestReading:
         guest = FakeGuest()
         assert ask(guest) == Reading(source=Source.GUEST_AGENT, config=CONFIG, exact_types=True, paused_ms=None)
         assert sorted(guest.ran) == sorted(guest.printed)
+
+    @pytest.mark.usefixtures("hasty")
+    def test_a_slow_guest(self, ask: Ask) -> None:
+        def slow(connection: socket.socket) -> None:
+            time.sleep(0.6)
+            FakeGuest().talk(connection)
+
+        with pytest.raises(BusyError):
+            ask(slow)
+        assert ask(slow, answer_s=10).config == CONFIG
 
     def test_spellings_of_the_address(self, ask: Ask) -> None:
         interfaces = [{"name": "eth0", "hardware-address": MAC.upper()}]

@@ -272,7 +272,7 @@ class Guests:
         self.asked: list[str] = []
         self._released = threading.Event()
 
-    def complete(self, tap: Tap, wanted: Wanted, *, qmp: str | None = None) -> Tap:
+    def complete(self, tap: Tap, wanted: Wanted, manner: readings.Manner) -> Tap:
         self.asked.append(tap.name)
         if not self.answers:
             assert self._released.wait(10)
@@ -298,6 +298,7 @@ class Kept:
         self.keeper = Keeper(
             selection,
             wanted,
+            readings.Manner(),
             reread_s=reread_s,
             tell=lambda event, priority: self.told.append((event, priority)),
             say=lambda line, _: self.said.append(line),
@@ -814,7 +815,7 @@ def test_an_answer_of_a_vm_that_is_gone_is_nothing_to_the_next(keep: Make, monke
     kept = keep(tap(nic=RSS_VHOST_NIC), wanted=PAUSE)
     gone = threading.Event()
 
-    def complete(tap: Tap, wanted: Wanted, *, qmp: str | None = None) -> Tap:
+    def complete(tap: Tap, wanted: Wanted, manner: readings.Manner) -> Tap:
         if tap.holder and tap.holder.started == 1:
             assert gone.wait(10)
             return replace(tap, reading=ASKED)
@@ -984,7 +985,7 @@ def service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
 
 def run_keep(monkeypatch: pytest.MonkeyPatch, script: Script, *, json: bool = False, quiet: bool = False) -> int:
     monkeypatch.setattr(daemon, "Signals", script)
-    return daemon.main_keep(Selection(vms=("web1",)), AUTO, json=json, quiet=quiet)
+    return daemon.main_keep(Selection(vms=("web1",)), AUTO, readings.Manner(), json=json, quiet=quiet)
 
 
 def test_what_keep_does_itself_is_no_state_to_compare_with(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,6 +245,18 @@ def test_execute_while_another_client_holds_the_monitor(tmp_path: Path, monitor:
     assert monitor.is_alive()
 
 
+def test_how_long_an_answer_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmp, "TIMEOUT_S", 0.1)
+    me = procs.read(os.getpid())
+    assert me
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "qmp"))
+        silent.listen(4)
+        for answer_s, waits_s in ((0.0, 0.1), (0.05, 0.1), (0.3, 0.3)):
+            with pytest.raises(BusyError, match=rf"does not answer within {waits_s:g} s"):
+                qmp.converse(str(tmp_path / "qmp"), me, lambda monitor: monitor.ask("do"), answer_s=answer_s)
+
+
 def test_execute_where_nobody_is(tmp_path: Path) -> None:
     with pytest.raises(QsteerError, match=r"cannot reach QEMU.*No such file"):
         qmp.execute(str(tmp_path / "qmp"), "do")

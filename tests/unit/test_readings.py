@@ -49,9 +49,30 @@ def answers(reading: Reading) -> Callable[..., Reading]:
 
 def test_the_state_comes_first_where_a_pause_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(savestate, "reading", answers(STATE))
-    assert readings.complete(ASKABLE, PAUSE).reading is STATE
+    assert readings.complete(ASKABLE, PAUSE, readings.Manner()).reading is STATE
     with pytest.raises(UnsupportedError, match="for a moment"):
-        readings.read(ASKABLE, Source.DEVICE_STATE, qmp=None, allow_pause=False, patience_s=0)
+        readings.read(ASKABLE, Source.DEVICE_STATE, readings.Manner(), allow_pause=False)
+
+
+def test_patience_reaches_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, float]] = []
+
+    def ask(*_: object, **how: float) -> Reading:
+        given.append(how)
+        raise BusyError("not yet")
+
+    for module, name in ((savestate, "reading"), (qmpvm, "inspect"), (qmpvm, "used_buffers"), (agent, "read")):
+        monkeypatch.setattr(module, name, ask)
+    assert ASKABLE.holder and ASKABLE.holder.args
+    args = replace(ASKABLE.holder.args, agent_path="/run/agent")
+    asked = replace(ASKABLE, holder=replace(ASKABLE.holder, args=args))
+    manner = readings.Manner(turn_s=3, answer_s=40)
+    with pytest.raises(BusyError):
+        readings.complete(asked, PAUSE, manner)
+    assert {"patience_s": 3, "answer_s": 40} in given and given.count({"answer_s": 40}) >= 1
+    given.clear()
+    readings.check(replace(asked, nic=None), manner, allow_pause=False)
+    assert len(given) >= 2 and all(how == {"answer_s": 40} for how in given)
 
 
 def test_then_the_agent(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
@@ -61,7 +82,7 @@ def test_then_the_agent(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> No
         domain=Domain(name="web1", uuid="u", pid=100, interfaces=(), monitor="/run/a", agent="/run/agent"),
     )
     monkeypatch.setattr(agent, "read", answers(AGENT))
-    found = readings.complete(with_agent, PAUSE)
+    found = readings.complete(with_agent, PAUSE, readings.Manner())
     assert found.reading is AGENT
     assert asked == [], "libvirt's own monitor is libvirt's"
     assert "no QMP socket" in found.unread[0]
@@ -69,30 +90,30 @@ def test_then_the_agent(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> No
 
 def test_a_guest_that_is_busy_is_to_be_tried_again(asked: list[str]) -> None:
     with pytest.raises(BusyError, match="silent"):
-        readings.complete(ASKABLE, PAUSE)
+        readings.complete(ASKABLE, PAUSE, readings.Manner())
     assert asked == ["/run/a"]
 
 
 def test_why_nobody_could_be_asked() -> None:
     nobody = replace(ASKABLE, holder=vm())
-    found = readings.complete(nobody, PAUSE)
+    found = readings.complete(nobody, PAUSE, readings.Manner())
     assert found.reading is None
     assert [why.partition(":")[0] for why in found.unread] == ["device-state", "guest-agent"]
     with pytest.raises(UnsupportedError, match="no guest agent"):
-        readings.complete(nobody, Wanted(source=Source.GUEST_AGENT))
+        readings.complete(nobody, Wanted(source=Source.GUEST_AGENT), readings.Manner())
 
 
 def test_a_thousand_sockets_on_a_command_line(asked: list[str]) -> None:
     """Each takes its time: a few are enough."""
     hostile = replace(ASKABLE, nic=None, holder=qmp(*(f"/run/{number % 500}" for number in range(1000))))
-    readings.complete(hostile, Wanted())
+    readings.complete(hostile, Wanted(), readings.Manner())
     assert asked == ["/run/0", "/run/1", "/run/2"]
 
 
 def test_nobody_is_asked_what_need_not_be_known(asked: list[str]) -> None:
     for known in (tap(), tap(program=OWN_STATIC), tap(nic=RSS_VHOST_NIC, active=1)):
-        assert readings.complete(known, PAUSE) == known
-    assert readings.complete(ASKABLE, Wanted(source=Source.STATIC)) == ASKABLE
+        assert readings.complete(known, PAUSE, readings.Manner()) == known
+    assert readings.complete(ASKABLE, Wanted(source=Source.STATIC), readings.Manner()) == ASKABLE
     assert asked == []
 
 
@@ -109,12 +130,12 @@ def test_a_nic_that_was_plugged_in_later(monkeypatch: pytest.MonkeyPatch) -> Non
         backend=None,
         vhost=None,
     )
-    monkeypatch.setattr(qmpvm, "inspect", lambda *_: None)
+    monkeypatch.setattr(qmpvm, "inspect", lambda *_, **__: None)
     monkeypatch.setattr(qmpvm, "nic_of", lambda vm, tap: told)
-    found = readings.complete(replace(ASKABLE, nic=None), Wanted(source=Source.SHARED_MAPS))
+    found = readings.complete(replace(ASKABLE, nic=None), Wanted(source=Source.SHARED_MAPS), readings.Manner())
     assert found.nic == Nic(id="nic1", netdev="net1", mac="52:54:00:00:00:02", rss=True, vhost=True)
     monkeypatch.setattr(qmpvm, "nic_of", fail)
-    found = readings.complete(replace(ASKABLE, nic=None), Wanted(source=Source.SHARED_MAPS))
+    found = readings.complete(replace(ASKABLE, nic=None), Wanted(source=Source.SHARED_MAPS), readings.Manner())
     assert found.nic is None and "which of them" in found.unread[0]
 
 
@@ -124,7 +145,7 @@ def fail(*_: object) -> None:
 
 def test_a_check_asks_only_where_it_is_not_known(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
     def check(tap: Tap, *, allow_pause: bool = True) -> Tap:
-        return readings.check(tap, qmp=None, allow_pause=allow_pause, patience_s=0)
+        return readings.check(tap, readings.Manner(), allow_pause=allow_pause)
 
     monkeypatch.setattr(savestate, "reading", answers(STATE))
     assert check(ASKABLE).reading is STATE
@@ -135,4 +156,4 @@ def test_a_check_asks_only_where_it_is_not_known(monkeypatch: pytest.MonkeyPatch
 
 def test_a_tap_without_a_vm() -> None:
     with pytest.raises(QsteerError, match="not that of a QEMU"):
-        readings.read(tap(holder=None), Source.GUEST_AGENT, qmp=None, allow_pause=False, patience_s=0)
+        readings.read(tap(holder=None), Source.GUEST_AGENT, readings.Manner(), allow_pause=False)

@@ -23,7 +23,7 @@ from qsteer.errors import (
 )
 from qsteer.model import Build, Process, Source
 from qsteer.qmp import QemuProbe
-from qsteer.runplan import NicHandles, TapSpec, Vhost, make_plan, parse_tap, parse_taps, qemu_argv, stable_mac
+from qsteer.runplan import NicHandles, Rss, TapSpec, Vhost, make_plan, parse_tap, parse_taps, qemu_argv, stable_mac
 
 QEMU = "qemu-system-x86_64"
 MAC = "52:54:00:aa:bb:cc"
@@ -118,7 +118,7 @@ def test_tap_with_everything() -> None:
         mac="52:54:00:ab:cd:ef",
         mtu=9000,
         vhost=Vhost.OFF,
-        rss=False,
+        rss=Rss.OFF,
     )
 
 
@@ -171,8 +171,8 @@ def test_tap_with_everything() -> None:
         ("id=net0,queues=4,mtu=1500b", "from 68 to 65521"),
         ("id=net0,queues=4,vhost=yes", "none of auto, on, off"),
         ("id=net0,queues=4,vhost=", "vhost= wants a value"),
-        ("id=net0,queues=4,rss=auto", "none of on, off"),
-        ("id=net0,queues=4,rss=1", "none of on, off"),
+        ("id=net0,queues=4,rss=maybe", "none of auto, on, off"),
+        ("id=net0,queues=4,rss=1", "none of auto, on, off"),
     ],
 )
 def test_bad_tap(text: str, says: str) -> None:
@@ -437,6 +437,17 @@ def test_vhost(probe: QemuProbe, available: bool, tap: str, vhost: bool, steered
     assert ("rss" in device, "ebpf-rss-fds" in device) == (steered, steered)
 
 
+@pytest.mark.parametrize(("tap", "offered"), [(",vhost=on,rss=on", True), (",vhost=on", False), (",rss=on", True)])
+def test_rss_that_another_has_to_deliver(tap: str, offered: bool) -> None:
+    """QEMU 11.1 with vhost: no program, and RSS only where that is asked for; without vhost both, as always."""
+    plan = plan_of(f"id=net0,queues=4{tap}", probe=QEMU_11_1, vhost_available=True)
+    argv = qemu_argv(plan, handles_of(plan))
+    device = json.loads(argv[4])
+    by_qemu = "vhost=off" in argv[2]
+    assert ("rss" in device, "ebpf-rss-fds" in device) == (offered, by_qemu)
+    assert plan.nics[0].steered == by_qemu
+
+
 @pytest.mark.parametrize("probe", [QEMU_10_0, QEMU_11_1])
 @pytest.mark.parametrize("tap", ["", ",rss=off"])
 def test_vhost_that_is_not_there(probe: QemuProbe, tap: str) -> None:
@@ -451,9 +462,10 @@ def test_vhost_that_is_not_there(probe: QemuProbe, tap: str) -> None:
         ("", "rss=off", QEMU_10_0, "no program is loaded"),
         (",rss=off", "rss=on", QEMU_10_0, "QEMU steers in software"),
         ("", "hash=on", QEMU_10_0, "asks for hash reports"),
-        (",vhost=on", "rss=on", QEMU_11_1, "is offered RSS and does not get it"),
-        (",vhost=on", "tx=timer", QEMU_11_1, "is not offered RSS"),
-        (",vhost=on", "tx=timer", QEMU_11_1, "qsteer apply --source static"),
+        (",vhost=on", "rss=on", QEMU_11_1, "the guest is offered RSS;"),
+        (",vhost=on,rss=on", "tx=timer", QEMU_11_1, "the guest is offered RSS;"),
+        (",vhost=on", "tx=timer", QEMU_11_1, "only with rss=on in --tap"),
+        (",vhost=on", "tx=timer", QEMU_11_1, "qsteer keep --allow pause"),
     ],
 )
 def test_notes(tap: str, device: str, probe: QemuProbe, says: str) -> None:
