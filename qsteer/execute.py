@@ -39,7 +39,8 @@ def lock(timeout_s: float) -> Iterator[None]:
         holds.RUNTIME.mkdir(mode=0o755, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise from_errno(error.errno or 0, f"cannot open {path}", hint="changing what is attached takes root") from None
+        hint = "changing what is attached takes root" if isinstance(error, PermissionError) else ""
+        raise from_errno(error.errno or 0, f"cannot open {path}", hint=hint) from None
     try:
         while True:
             try:

@@ -17,7 +17,6 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from qsteer import holds, kernel, namespaces, tuns
 from qsteer.attached import Programs
@@ -25,9 +24,6 @@ from qsteer.errors import QsteerError
 from qsteer.model import Inventory, OpenQueue, Process, ProgramInfo, Tap
 from qsteer.tuns import Tun
 from qsteer.vms import Vms, several
-
-_MODULE_LOADED = Path("/sys/module/tun/initstate")
-_MODULE_BTF = Path("/sys/kernel/btf/tun")
 
 _Place = tuple[int, int]
 """A network namespace's inode number, and an ifindex in it."""
@@ -251,7 +247,4 @@ def _device_tap(tun: Tun, netns: int, netns_name: str | None, *, unheld: bool) -
 
 
 def _why_unseen(error: QsteerError) -> str:
-    hint = f" ({error.hint})" if error.hint else ""
-    if _MODULE_LOADED.exists() and not _MODULE_BTF.exists():
-        hint = f" (tun is a module, and {_MODULE_BTF}, which describes it, is missing)"
-    return f"{error}{hint}"
+    return f"{error} ({error.hint})" if error.hint else str(error)

@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from qsteer._shim import ffi, lib
-from qsteer.errors import BusyError, NotFoundError, QsteerError, UnsupportedError, from_errno
+from qsteer.errors import BusyError, NotFoundError, PermissionDeniedError, QsteerError, UnsupportedError, from_errno
 from qsteer.model import OpenQueue
-from qsteer.shim import OBJECTS, check, check_bpf, out_fd, string
+from qsteer.shim import OBJECTS, check, check_bpf, string
 
 _TUN_DRIVER = Path("/sys/class/misc/tun")
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+_TUN_IS_MODULE = Path("/sys/module/tun/initstate")
+_BTF = Path("/sys/kernel/btf")
+_NO_SUCH_FEATURE = (errno.EINVAL, errno.E2BIG)
+"""What a kernel answers to what it does not know: to a kind of program, a function, an attribute."""
 _CANNOT_LOOK = "cannot read from the kernel what is attached to its taps"
 _LOOKING_TAKES = "it takes Linux 6.1 with BTF"
 
@@ -97,17 +102,23 @@ def fd_of_process(pid: int, fd: int) -> Iterator[int]:
     except OSError as error:
         raise from_errno(error.errno or 0, f"cannot reach process {pid}") from None
     try:
-        copy = out_fd(
-            lambda out: lib.qs_pidfd_getfd(pidfd, fd, out),
-            f"cannot take fd {fd} of process {pid}",
-            "it takes CAP_SYS_PTRACE, or to be the process's own user; try sudo",
-        )
+        out = ffi.new("int *")
+        result = lib.qs_pidfd_getfd(pidfd, fd, out)
+        check(result, f"cannot take fd {fd} of process {pid}", _why_not_taken() if result == -errno.EPERM else "")
+        copy = int(out[0])
     finally:
         os.close(pidfd)
     try:
         yield copy
     finally:
         os.close(copy)
+
+
+def _why_not_taken() -> str:
+    with contextlib.suppress(OSError):
+        if _YAMA.read_text().strip() == "3":
+            return f"{_YAMA} is 3: the kernel lets nobody, until the next boot"
+    return "it takes CAP_SYS_PTRACE, or to be the process's own user; try sudo"
 
 
 def send_fds(sock_fd: int, fds: tuple[int, ...]) -> None:
@@ -194,6 +205,8 @@ def _look_with(name: str) -> Any:
         driver = _TUN_DRIVER.stat().st_ino
     except OSError:
         _loaded.clear()
+        if not _TUN_DRIVER.parent.exists():
+            raise UnsupportedError(f"cannot tell whether there are taps: {_TUN_DRIVER.parent} is missing") from None
         return None  # to open /dev/net/tun would load the module
     if name not in _loaded or _loaded[name][0] != driver:
         _loaded[name] = (driver, _load(name))
@@ -212,8 +225,26 @@ def _load(name: str) -> Any:
         result = lib.qs_tun_iter_open(os.fsencode(OBJECTS / name), tun_fd, out)
     finally:
         os.close(tun_fd)
-    check_bpf(result, _CANNOT_LOOK, hint=_LOOKING_TAKES)
+    try:
+        check_bpf(result, _CANNOT_LOOK, hint=_LOOKING_TAKES)
+    except PermissionDeniedError:
+        raise
+    except QsteerError as error:
+        if lacks := _not_described():
+            raise UnsupportedError(f"{_CANNOT_LOOK}: {lacks}", hint=_LOOKING_TAKES) from None
+        if error.errno in _NO_SUCH_FEATURE:
+            raise UnsupportedError(_CANNOT_LOOK, hint=_LOOKING_TAKES, errno=error.errno) from None
+        raise
     return ffi.gc(out[0], lib.qs_tun_iter_close)
+
+
+def _not_described() -> str:
+    """Whose structures this kernel does not describe; libbpf's errno does not tell."""
+    if not (_BTF / "vmlinux").exists():
+        return f"this kernel has no BTF ({_BTF / 'vmlinux'} is missing)"
+    if _TUN_IS_MODULE.exists() and not (_BTF / "tun").exists():
+        return f"tun is a module without BTF ({_BTF / 'tun'} is missing)"
+    return ""
 
 
 def _queue(raw: Any) -> OpenQueue:

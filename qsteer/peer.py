@@ -124,7 +124,8 @@ def _failure(error: OSError, what: str, path: str) -> QsteerError:
         return NotFoundError(f"cannot connect to {what}", errno=code, hint=hint)
     if code == errno.EAGAIN:
         return BusyError(f"{what} has no place for one more client", hint="another client holds it; try again")
-    hint = "try sudo" if code in (errno.EPERM, errno.EACCES) else ""
+    takes = "it takes CAP_SYS_PTRACE and CAP_DAC_OVERRIDE, or to be QEMU's user; try sudo"
+    hint = takes if code in (errno.EPERM, errno.EACCES) else ""
     return from_errno(code, f"cannot connect to {what}", hint=hint)
 
 

@@ -39,6 +39,9 @@ class OpenFiles:
     seen: bool = True
 
 
+_UNSEEN = OpenFiles(programs={}, queues=frozenset(), macvtaps=frozenset(), vhost_net=False, seen=False)
+
+
 def read(pid: int) -> Process | None:
     """The process, or None once it is gone."""
     try:
@@ -82,13 +85,18 @@ def open_files(pid: int) -> OpenFiles:
         with os.scandir(f"/proc/{pid}/fd") as entries:
             names = [entry.name for entry in islice(entries, FDS_MAX + 1)]
     except PermissionError:
-        return OpenFiles(programs={}, queues=frozenset(), macvtaps=frozenset(), vhost_net=False, seen=False)
+        return _UNSEEN
     except OSError:
         names = []
     for name in names[:FDS_MAX]:
-        with contextlib.suppress(OSError):
+        try:
             # The kernel's own name for the file: to look at the file itself could mean to wait for its owner (FUSE).
             target = os.readlink(f"/proc/{pid}/fd/{name}")  # noqa: PTH115
+        except PermissionError:
+            return _UNSEEN  # the directory alone takes less
+        except OSError:
+            continue
+        with contextlib.suppress(OSError):
             if target == "anon_inode:bpf-prog":
                 programs.update((number, int(name)) for number in _program_ids(pid, name))
             elif target.endswith("/net/tun"):

@@ -142,7 +142,7 @@ def _load_either(build: Build | None, load: Callable[[Build, int], Program]) -> 
 
 def _is_expected(error: QsteerError) -> bool:
     """A right or a kernel function that is missing is nothing to worry about; anything else is."""
-    return isinstance(error, PermissionDeniedError) or error.errno == errno.EOPNOTSUPP
+    return isinstance(error, PermissionDeniedError) or error.errno in (errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def _load_stub(load: Callable[[Build, int], Program]) -> Program:

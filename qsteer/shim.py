@@ -30,10 +30,13 @@ def check_bpf(result: int, message: str, hint: str = "") -> None:
         return
     if result == -errno.EPERM or (result == -errno.EACCES and not _has_capability(lib.CAP_PERFMON)):
         raise PermissionDeniedError(message, errno=-result, hint=_missing_capabilities())
+    if "failed to find valid kernel BTF" in said:
+        raise UnsupportedError(message, errno=errno.EOPNOTSUPP, hint="it takes a kernel with BTF, and sysfs")
     if "not found in kernel or module BTFs" in said:
         raise UnsupportedError(message, errno=errno.EOPNOTSUPP, hint="this kernel lacks what the program calls: -vv")
-    if result == -errno.EACCES and said:
-        raise UnsupportedError(f"{message}: the kernel's verifier refuses it", hint="-vv shows its reasons")
+    if (result == -errno.EACCES and said) or "BEGIN PROG LOAD LOG" in said:
+        hint = "Linux 6.1 and later take it; -vv shows why this kernel does not"
+        raise UnsupportedError(f"{message}: the kernel's verifier refuses it", hint=hint)
     check(result, message, hint)
 
 

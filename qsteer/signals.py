@@ -124,6 +124,7 @@ class Signals:
             self._epoll.register(self._signals_fd, select.EPOLLIN)
             stack.callback(self._forget_all)
             if self._with_hints:
+                kernel.digest()  # who may not look at all is told that alone
                 self._open_hints()
             self._stack = stack.pop_all()
         return self
@@ -155,8 +156,8 @@ class Signals:
     def wait(self, deadline: float | None = None) -> Wake:
         """Sleep until there is something to do; ``deadline`` is a time of time.monotonic().
 
-        CHANGED: the caller has to look at the host, to call watch() with what it finds, and acted() if it acts.  Raises
-        QsteerError where the kernel does not let this process look (any more).
+        CHANGED: the caller has to look at the host, to call watch() with what it finds, and acted() if it acts.  It is
+        also what a look that fails comes to; only of the first one the QsteerError is raised.
         """
         self._cpu_at = time.thread_time()
         now = time.monotonic()
@@ -179,7 +180,15 @@ class Signals:
 
     def _look(self, now: float) -> bool:
         self._take_hints()  # this look is the one that they are for
-        seen = self._see(now)
+        try:
+            seen = self._see(now)
+        except QsteerError as error:
+            if not self._seen:
+                raise
+            # While tun is unloaded and loaded again, say.  The caller's own look tells whether it is more than that.
+            log.info("%s", error)
+            self._pace.looked(time.monotonic(), changed=True)
+            return True
         changed = self._news or seen != self._seen
         self._seen, self._news = seen, False
         self._pace.looked(time.monotonic(), changed=changed)

@@ -21,7 +21,7 @@ def state(tap: Tap) -> str:
     if tap.unheld:
         return "no process has it open"
     if not tap.queues:
-        return "no right to see what steers it"
+        return "what steers it cannot be seen"
     if tap.program_id and not tap.program:
         return "steered, no right to see by whom"
     if tap.program:

@@ -27,7 +27,8 @@ class Vms:
         self.files = {pid: procs.open_files(pid) for pid in self.qemus}
         if unseen := [str(pid) for pid, files in self.files.items() if not files.seen]:
             what = f"what process {several(unseen)} has open cannot be seen"
-            self.notes = (*self.notes, f"{what}: it takes CAP_SYS_PTRACE, and {procs.FDS_MAX} files at most")
+            takes = f"it takes CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH, and {procs.FDS_MAX} files at most"
+            self.notes = (*self.notes, f"{what}: {takes}")
         self._nics = {
             pid: VmNics(process.args, self.domains.get(pid), vhost_net=self.files[pid].vhost_net)
             for pid, process in self.qemus.items()

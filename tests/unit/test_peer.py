@@ -222,7 +222,7 @@ def test_without_the_right(listener: socket.socket, me: Process, monkeypatch: py
         patch.setattr(os, "open", refuse)
         with pytest.raises(PermissionDeniedError) as caught:
             peer.connect("sock", me, timeout_s=5)
-    assert caught.value.hint == "try sudo"
+    assert caught.value.hint == "it takes CAP_SYS_PTRACE and CAP_DAC_OVERRIDE, or to be QEMU's user; try sudo"
 
 
 def test_a_path_of_our_own(tmp_path: Path) -> None:

@@ -67,3 +67,15 @@ def test_a_load_that_failed_is_tried_again(driver: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError):
         kernel._look_with("a")
     assert kernel._look_with("a") == "loaded"
+
+
+def test_whose_structures_are_not_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_BTF", tmp_path)
+    monkeypatch.setattr(kernel, "_TUN_IS_MODULE", tmp_path / "initstate")
+    assert kernel._not_described() == f"this kernel has no BTF ({tmp_path}/vmlinux is missing)"
+    (tmp_path / "vmlinux").write_text("")
+    assert kernel._not_described() == ""
+    (tmp_path / "initstate").write_text("live\n")
+    assert kernel._not_described() == f"tun is a module without BTF ({tmp_path}/tun is missing)"
+    (tmp_path / "tun").write_text("")
+    assert kernel._not_described() == ""

@@ -40,7 +40,7 @@ OTHER = replace(CONFIG, table=(3, 2, 1, 0))
         (tap(program=QEMUS, nic=RSS_NIC, held=held(QEMUS)), "ok"),
         (tap(program=FROM_AGENT, nic=RSS_NIC), "ok"),
         (tap(unheld=True, queues=(), holder=None, active=0), "no process has it open"),
-        (tap(queues=()), "no right to see what steers it"),
+        (tap(queues=()), "what steers it cannot be seen"),
         (tap(program=FOREIGN), '"lb_steer", loaded by uid 0'),
         (tap(program=FOREIGN, program_holders=(910,)), '"lb_steer", loaded by uid 0, held by pid 910'),
         (tap(program_id=3), "steered, no right to see by whom"),
