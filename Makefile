@@ -7,6 +7,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+KERNELS_ARGS ?=
 
 # The Debian packages that building, the tests and the demo need.
 PACKAGES := \
@@ -23,7 +24,7 @@ SHELL := /bin/bash
 .SILENT:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help bench demo test test-qemus lint build packages install uninstall clean
+.PHONY: help bench demo test test-qemus test-kernels test-vhost lint build packages install uninstall clean
 
 # Where "make install" puts things.  DESTDIR is in front of it only while a package is made, and is not to be found inside.
 override PREFIX := $(patsubst %/,%,$(PREFIX))
@@ -45,9 +46,10 @@ sudo -E env PYTHONDONTWRITEBYTECODE=1 $(1)
 endef
 
 help: ## list the targets
-	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	echo
-	echo "Variables: PYTHON ($(PYTHON)), PREFIX ($(PREFIX)), DESTDIR; PYTEST_ARGS for test, BENCH_ARGS for bench;"
+	echo "Variables: PYTHON ($(PYTHON)), PREFIX ($(PREFIX)), DESTDIR; PYTEST_ARGS for test, BENCH_ARGS for bench,"
+	echo "KERNELS_ARGS for test-kernels (tests rights guests vhost, --kernel 6.1, --qemu 10.0, --save);"
 	echo "QSTEER_STRICT=1 makes a skipped test a failed one; YES=1 lets the demo, the bench and the tests fetch what the"
 	echo "distribution lacks without asking; QSTEER_ACCEL=kvm makes their guests faster where KVM works (tcg)."
 
@@ -62,6 +64,12 @@ test: build ## run all tests (needs root, directly or through sudo)
 
 test-qemus: build ## what depends on the QEMU, with QEMU 7.2, 10.0 and 11.1 (fetches what is missing)
 	$(call as_root,$(VENV)/bin/python -m pytest -m compat $(PYTEST_ARGS))
+
+test-kernels: build ## everything that depends on the kernel, on Linux 6.1, 6.12 and Debian unstable's (fetches them; an hour or two)
+	$(call as_root,$(VENV)/bin/python -m integration.kernels $(KERNELS_ARGS))
+
+test-vhost: build ## RSS with vhost=on, QEMU 10.0 and 11.1, in guests of a guest of Linux 6.12 (slow)
+	$(call as_root,$(VENV)/bin/python -m integration.kernels vhost $(KERNELS_ARGS))
 
 lint: build ## run the formatters and type checkers only
 	$(VENV)/bin/python -m pytest tests/unit/test_linters.py $(PYTEST_ARGS)

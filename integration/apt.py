@@ -139,12 +139,9 @@ class PrivateApt:
         run("apt-get", *self._options, "download", *names, cwd=self._archives)
         return tuple(sorted(self._archives.glob("*.deb")))
 
-    def dependency(self, package: str, pattern: str) -> str:
-        """The name of that dependency of ``package`` that matches ``pattern``."""
-        found = re.search(rf"Depends: ({pattern})", run("apt-cache", *self._options, "depends", package))
-        if not found:
-            raise ProvisionError(f"{package} depends on nothing like {pattern}")
-        return found[1]
+    def dependencies(self, package: str, pattern: str) -> tuple[str, ...]:
+        """The names of those dependencies of ``package`` that match ``pattern``."""
+        return tuple(re.findall(rf"Depends: ({pattern})", run("apt-cache", *self._options, "depends", package)))
 
 
 def _debian_entries() -> Iterator[tuple[str, str]]:

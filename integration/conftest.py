@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,5 +39,5 @@ def with_qemu(request: pytest.FixtureRequest, files: Provisioned, user: str) -> 
         yield files
         return
     qemu = provision.provision_old_qemu() if request.param == "old" else provision.provision_new_qemu()
-    with provision.readable_by(user, replace(provision.provision(), qemu=qemu)) as readable:
+    with provision.readable_by(user, provision.with_qemu(provision.provision(), qemu)) as readable:
         yield readable

@@ -29,12 +29,13 @@ from typing import Self
 from integration.provision import Provisioned
 from qsteer import ethtool, qmp
 from qsteer.rss import BASE_TYPES, HashType, RssConfig
+from tests.kernel.support import PATIENCE
 
 ACCEL = os.environ.get("QSTEER_ACCEL", "tcg")
 """QEMU's accelerator; tcg runs everywhere, and what is tested here does not depend on it."""
 VCPUS = 4
-BOOT_TIMEOUT_S = 120.0
-COMMAND_TIMEOUT_S = 30.0
+BOOT_TIMEOUT_S = 120.0 * PATIENCE
+COMMAND_TIMEOUT_S = 30.0 * PATIENCE
 
 _FLOWS = (
     ("tcp4", HashType.TCP4, HashType.IP4),

@@ -82,6 +82,11 @@ def provision() -> Provisioned:
         os.umask(umask)
 
 
+def with_qemu(files: Provisioned, qemu: Path) -> Provisioned:
+    """The same guest for another QEMU.  Raises ProvisionError."""
+    return replace(files, qemu=qemu, qemu_version=_identity(qemu).version_text)
+
+
 def provision_old_qemu() -> Path:
     """A QEMU older than 9.0, for the refusal of such: the installed one, or Debian 12's.  Raises ProvisionError."""
     installed = _installed_qemu()
@@ -125,14 +130,15 @@ def readable_by(user: str, files: Provisioned) -> Iterator[Provisioned]:
         stage.chmod(0o755)
         qemu = files.qemu
         if qemu.is_relative_to(BUILD):
-            shutil.copytree(qemu.parent, stage / "qemu", symlinks=True, copy_function=_link_or_copy)
+            shutil.copytree(qemu.parent, stage / "qemu", symlinks=True, copy_function=link_or_copy)
             qemu = stage / "qemu" / qemu.name
-        kernel = _link_or_copy(files.kernel, stage / "kernel")
-        initramfs = _link_or_copy(files.initramfs, stage / "initramfs")
+        kernel = link_or_copy(files.kernel, stage / "kernel")
+        initramfs = link_or_copy(files.initramfs, stage / "initramfs")
         yield replace(files, kernel=kernel, initramfs=initramfs, qemu=qemu)
 
 
-def _link_or_copy(source: str | Path, target: str | Path) -> Path:
+def link_or_copy(source: str | Path, target: str | Path, *, follow_symlinks: bool = False) -> Path:
+    """The same file under another name, or a copy of it on another file system; in ``shutil``'s manner."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:  # another file system
@@ -151,7 +157,7 @@ def _guest_system() -> Path:
     say(f"downloading the guest: {KERNEL_PACKAGE}, {', '.join(GUEST_PACKAGES)} of {GUEST_SUITE}")
     with tempfile.TemporaryDirectory(dir=BUILD, prefix="apt-") as name:
         private = apt.PrivateApt(Path(name), suite="" if apt.codename() == GUEST_SUITE else GUEST_SUITE)
-        kernel = private.dependency(KERNEL_PACKAGE, r"linux-image-\d\S*")
+        (kernel,) = private.dependencies(KERNEL_PACKAGE, r"linux-image-\d\S*")
         partial = Path(name) / "guest"
         apt.unpack(private.fetch_only(kernel, *GUEST_PACKAGES), partial)
         partial.rename(root)

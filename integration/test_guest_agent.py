@@ -71,9 +71,9 @@ def agent_files(request: pytest.FixtureRequest, user: str) -> Iterator[Provision
     """What a guest with an agent is made of."""
     files = with_agent(provision.provision())
     if request.param == "qemu-7.2":
-        files = replace(files, qemu=provision.provision_old_qemu())
+        files = provision.with_qemu(files, provision.provision_old_qemu())
     elif request.param == "qemu-11.1":
-        files = replace(files, qemu=provision.provision_new_qemu())
+        files = provision.with_qemu(files, provision.provision_new_qemu())
     with provision.readable_by(user, files) as readable:
         yield readable
 

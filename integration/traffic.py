@@ -28,14 +28,15 @@ from pathlib import Path
 from integration.guest import Guest, GuestError
 from qsteer.reference import queue_of
 from qsteer.rss import RssConfig
+from tests.kernel.support import PATIENCE
 
 FLOWS = 4096
 WINDOW = 256
 """Packets under way at once: as many as one receive ring of the guest holds; a queue of a tap holds 1000."""
 ROUNDS = 5
-QUIET_MS = 3000
+QUIET_MS = int(3000 * PATIENCE)
 """How long an observer waits for the next packet."""
-TIMEOUT_S = 60.0
+TIMEOUT_S = 60.0 * PATIENCE
 
 _MAGIC = b"qsteerrx"
 _IFF_UP = 1

@@ -21,7 +21,16 @@ from qsteer.model import Build
 
 VNET_HEADER = 10
 """Length of the virtio-net header before every frame that is read from a tap or written to it."""
-WAIT_S = 5.0
+PATIENCE = float(os.environ.get("QSTEER_PATIENCE", "1"))
+"""How much slower than on a machine of its own what is tested may be: everything is, where a processor is emulated."""
+
+
+def patience(seconds: float) -> float:
+    """A limit that is one of this machine's speed, not of qsteer's promises alone."""
+    return seconds * PATIENCE
+
+
+WAIT_S = patience(5.0)
 
 BUILDS = tuple(
     build
@@ -29,6 +38,8 @@ BUILDS = tuple(
     if build is not Build.SHARED_BODY or "bpf_cast_to_kern_ctx" in Path("/proc/kallsyms").read_text()
 )
 """What this kernel can load, by what it has and not by trying: a build that fails to load is a failure."""
+TUN_MAY_GO = Path("/sys/module/tun/initstate").exists() and os.environ.get("QSTEER_UNLOAD_TUN", "0") not in ("", "0")
+"""Whether tun is a module, and this is a machine on which tests may unload it."""
 
 _numbers = itertools.count(1)
 
@@ -148,7 +159,7 @@ def foreign_program(answer: int, name: bytes = b"lb_steer") -> int:
 
 def wait_until(what: str, condition: Callable[[], object], timeout_s: float = 30.0) -> None:
     """Look again and again, until a deadline; for what sends no signal."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + patience(timeout_s)
     while not condition():
         assert time.monotonic() < deadline, f"not in time: {what}"
         time.sleep(0.05)
@@ -174,7 +185,7 @@ def qsteer(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patience(60),
         check=False,
     )
     assert "Traceback" not in done.stderr, done.stderr

@@ -333,4 +333,4 @@ def test_many_taps_are_read_quickly(namespace: str) -> None:
             one.close()
     mine = [tap for tap in found.taps if tap.netns == namespaces.resolve(namespace)]
     assert len(mine) == 50 and all(tap.program and tap.content for tap in mine)
-    assert cost_s < 0.2 + 0.002 * len(found.taps)  # of the whole host
+    assert cost_s < support.patience(0.2 + 0.002 * len(found.taps))  # of the whole host

@@ -1,35 +1,27 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """keep and monitor as processes, on real taps that stand-ins for VMs hold."""
 
-import contextlib
-import json
 import os
 import re
-import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from qsteer import kernel, programs
 from qsteer.model import Build
-from qsteer.rss import RssConfig
 from tests.kernel import hardened, private, standin, support
+from tests.kernel.daemons import config_of, daemon, program_of, take_off
 
 pytestmark = pytest.mark.root
 
-WITHIN_S = 1.5
+WITHIN_S = support.patience(1.5)
 """How soon keep has put back what was taken off: it sees it after 0.8 s at the latest, on whatever machine."""
-
-COMMAND = (sys.executable, "-m", "qsteer")
 
 
 @pytest.fixture(autouse=True)
@@ -39,98 +31,12 @@ def own_host(need_root: None) -> Iterator[None]:
         yield
 
 
-class Daemon:
-    """A process that prints events, and tells a service manager how it is."""
-
-    def __init__(self, process: subprocess.Popen[str], manager: socket.socket, stderr: Path) -> None:
-        self.process = process
-        self._manager = manager
-        self._stderr = stderr
-        self._pending = ""
-
-    def events(self) -> list[dict[str, Any]]:
-        """Those that are there."""
-        assert self.process.stdout
-        while select.select((self.process.stdout,), (), (), 0)[0]:
-            read = os.read(self.process.stdout.fileno(), 1 << 16).decode()
-            if not read:
-                break
-            self._pending += read
-        *lines, self._pending = self._pending.split("\n")
-        return [json.loads(line) for line in lines]
-
-    def wait_for(self, what: str, timeout_s: float = 20.0) -> dict[str, Any]:
-        """The next event of a kind; what comes before it is passed over."""
-        found: list[dict[str, Any]] = []
-
-        def there() -> bool:
-            assert self.process.poll() is None, self.said()
-            found.extend(one for one in self.events() if one["event"] == what)
-            return bool(found)
-
-        support.wait_until(f"{what}; it said: {self.said()}", there, timeout_s)
-        return found[0]
-
-    def wait_told(self, prefix: str) -> None:
-        """Until the service manager is told something."""
-        self._manager.settimeout(20)
-        while not self._manager.recv(4096).decode().startswith(prefix):
-            pass
-
-    def said(self) -> str:
-        return self._stderr.read_text()
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(20)
-
-
-@contextlib.contextmanager
-def daemon(verb: str, *vms: str, options: Sequence[str] = (), prefix: Sequence[str] = ()) -> Iterator[Daemon]:
-    """keep or monitor, which has looked once.  No traceback, and nothing of it is left afterwards."""
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=private.RUNTIME)))
-        stderr = stack.enter_context((folder / "stderr").open("w"))
-        manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-        manager.bind(str(folder / "notify"))
-        process = subprocess.Popen(
-            [*prefix, *COMMAND, verb, "--json", *options, *(word for vm in vms for word in ("--vm", vm))],
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env={**os.environ, "NOTIFY_SOCKET": str(folder / "notify")},
-        )
-        running = Daemon(process, manager, folder / "stderr")
-        try:
-            running.wait_told("READY=1")
-            yield running
-        finally:
-            process.kill()
-            process.communicate()
-            assert "Traceback" not in running.said(), running.said()
-
-
-def program_of(vm: standin.Vm) -> int:
-    """The kernel's word."""
-    return kernel.open_queues(vm.pid)[0].program_id
-
-
-def config_of(vm: standin.Vm) -> RssConfig:
-    content = programs.read_maps(programs.program_info(program_of(vm)))
-    assert content.config
-    return content.config
-
-
-def take_off(vm: standin.Vm) -> None:
-    kernel.detach(vm.tap.open.fds[0])
-
-
 def put_back_after(vm: standin.Vm) -> float:
     """Seconds without a program after it was taken off."""
     take_off(vm)
     began = time.monotonic()
     while not program_of(vm):
-        assert time.monotonic() < began + 20
+        assert time.monotonic() < began + support.patience(20)
         time.sleep(0.002)
     return time.monotonic() - began
 
@@ -198,7 +104,7 @@ def test_vms_come_and_go_in_any_network_namespace() -> None:
             with support.network_namespace(), standin.vm(name) as vm:
                 began = time.monotonic()
                 keep.wait_for("steered")
-                assert time.monotonic() - began < WITHIN_S + 1.0
+                assert time.monotonic() - began < WITHIN_S + support.patience(1.0)
                 assert put_back_after(vm) < WITHIN_S
                 vm.check_packets(config_of(vm))
             assert keep.wait_for("vm-gone")["vm"] == name

@@ -8,11 +8,13 @@ import resource
 import socket
 import subprocess
 import sys
+import unittest.mock
 
 import pytest
 
 from qsteer import kernel, shim
-from qsteer.errors import NotFoundError, QsteerError
+from qsteer._shim import ffi, lib
+from qsteer.errors import NotFoundError, QsteerError, UnsupportedError
 from tests.kernel import support
 
 pytestmark = pytest.mark.root
@@ -99,6 +101,21 @@ def test_capabilities_are_given_up() -> None:
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"
     assert shim.effective_capabilities() != 0
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.E2BIG])
+def test_what_the_verifier_refuses_is_not_supported_here(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever errno it answers with: older kernels have EINVAL for what they do not know."""
+    said = [b"", b"libbpf: prog 'qsteer_tap': -- BEGIN PROG LOAD LOG --"]
+    take = unittest.mock.Mock(side_effect=lambda: ffi.new("char[]", said.pop()))
+    monkeypatch.setattr(shim, "lib", unittest.mock.Mock(wraps=lib, qs_log_take=take, CAP_PERFMON=0))
+    with pytest.raises(UnsupportedError) as caught:
+        shim.check_bpf(-code, "cannot load")
+    assert str(caught.value) == "cannot load: the kernel's verifier refuses it"
+    assert "-vv shows why" in caught.value.hint
+    with pytest.raises(QsteerError) as nothing_said:
+        shim.check_bpf(-code, "cannot load")
+    assert nothing_said.value.errno == code
 
 
 def test_copies_of_a_queue_are_not_reported_one_by_one(tap: support.TapUnderTest) -> None:
