@@ -48,8 +48,14 @@ struct nsproxy {
 	struct net *net_ns;
 };
 
+struct mm_struct {
+	unsigned long arg_end;
+};
+
 struct task_struct {
 	int tgid;
+	struct mm_struct *mm;
+	__u64 self_exec_id;
 	char comm[16];
 	struct task_struct *group_leader;
 	struct nsproxy *nsproxy;

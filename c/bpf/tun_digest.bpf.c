@@ -13,7 +13,8 @@
  * and their open files, of which a host with a thousand VMs has a hundred thousand.
  *
  * qsteer_digest_holders goes over those files all the same, and so costs far more.  It folds only
- * what the first one cannot see: which process holds which queue.
+ * what the first one cannot see: which process holds which queue, and which program that process
+ * runs.  Who starts a QEMU opens its taps, forks, and becomes QEMU only then.
  *
  * What is walked may change meanwhile.  Everything that is listed under RCU (namespaces, devices,
  * queues in use) stays readable; the list of queues that are not in use is guarded by a lock that
@@ -181,6 +182,9 @@ int qsteer_digest_holders(struct bpf_iter__task_file *ctx)
 	hash = qs_fold(QS_MAGIC, (__u64)tfile);
 	hash = qs_fold(hash, (__u64)tun);
 	hash = qs_fold(hash, task->tgid);
+	/* The first changes before there is a new command line, the second with it. */
+	hash = qs_fold(hash, BPF_CORE_READ(task, self_exec_id));
+	hash = qs_fold(hash, BPF_CORE_READ(task, mm, arg_end));
 	state.digest += qs_finish(hash);
 	return 0;
 }

@@ -144,6 +144,7 @@ def run(kernel: Kernel, command: Sequence[str], *, shared: Path, timeout_s: floa
             _follow(process, output, timeout_s, quiet=quiet)
         finally:
             process.kill()
+            files_image.unlink(missing_ok=True)
     text = output.read_text(errors="replace")
     if not text and not status.exists():
         words = (shared / "virtme-ng.log").read_text(errors="replace").strip().splitlines()

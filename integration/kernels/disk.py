@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from integration.apt import run
-from integration.provision import BUILD, CHECKOUT, link_or_copy
+from integration.provision import CHECKOUT, link_or_copy
 
 _MOUNT, _SHARED, _MODULES = Path("/run/qsteer-disk"), Path("/run/qsteer-shared"), Path("/run/qsteer-modules")
 _DEVICE = "/dev/vda"
@@ -34,10 +34,10 @@ def make(image: Path, *, empty: Path) -> None:
         covered[Path(sys.prefix)] = ()
     covered[Path(sysconfig.get_path("stdlib"))] = _NOT_OF_THE_LIBRARY
     image.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD, prefix="disk-") as name:
+    with tempfile.TemporaryDirectory(dir=image.parent, prefix="disk-") as name:
         stage = Path(name)
         for number, (path, without) in enumerate(covered.items()):
-            kept_out = frozenset(path / part for part in without) | {stage}
+            kept_out = frozenset(path / part for part in without)
             shutil.copytree(
                 path, stage / str(number), symlinks=True, ignore=_ignoring(kept_out), copy_function=link_or_copy
             )

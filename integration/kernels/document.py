@@ -138,7 +138,7 @@ def vhost(rows: dict[str, Any]) -> str:
 
 def rights(rows: dict[str, Any]) -> str:
     """What each verb takes, on the kernels named where they differ."""
-    names = [kernel.name for kernel in KERNELS if kernel.name in rows]
+    names = list(rows)
     taken: dict[tuple[str, str, bool], dict[str, list[str]]] = {}
     for name in names:
         for row in rows[name]["verbs"]:
@@ -160,7 +160,7 @@ def _capability(name: str, row: dict[str, Any]) -> str:
 
 def settings(rows: dict[str, Any]) -> str:
     """What goes otherwise than usual under a setting of the kernel, or with something missing."""
-    names = [kernel.name for kernel in KERNELS if kernel.name in rows]
+    names = [name for name, row in rows.items() if row["settings"]]
     seen: dict[tuple[str, str, int, str], list[str]] = {}
     for name in names:
         for row in rows[name]["settings"]:

@@ -108,6 +108,7 @@ PARTS = (
             "test_digests_stay_while_nothing_changes",
             "test_digest_is_the_same_from_every_namespace",
             "test_holders_digest_changes_with_who_holds_a_queue",
+            "test_a_holder_that_becomes_another_program_is_seen",
             "test_an_attachment_that_replaces_another_is_never_at_its_address",
             "test_the_same_program_taken_off_and_attached_within_milliseconds",
             "test_without_rights_the_digest_says_so",

@@ -187,6 +187,32 @@ def test_holders_digest_changes_with_who_holds_a_queue(tap: support.TapUnderTest
     assert len(digests) == 3
 
 
+def test_a_holder_that_becomes_another_program_is_seen(tap: support.TapUnderTest) -> None:
+    """As who starts a QEMU does: taps first, then fork, then exec, and nothing about the taps changes any more."""
+    becomes = "import os, sys; print(flush=True); sys.stdin.read(1); os.execvp('sleep', ('sleep', '60'))"
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", becomes],
+            pass_fds=tap.open.fds,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as other,
+        Signals() as signals,
+    ):
+        assert other.stdin and other.stdout
+        try:
+            other.stdout.readline()
+            while signals.wait(time.monotonic() + support.patience(1.0)) is Wake.CHANGED:
+                pass
+            devices, holders = kernel.digest(), kernel.holders_digest()
+            other.stdin.write(b"x")
+            other.stdin.flush()
+            assert signals.wait(time.monotonic() + support.patience(20)) is Wake.CHANGED
+            assert kernel.digest() == devices and kernel.holders_digest() != holders
+        finally:
+            other.kill()
+
+
 def test_an_attachment_that_replaces_another_is_never_at_its_address(tap: support.TapUnderTest) -> None:
     """The old one is freed after the new one is in place."""
     with program() as fd:
