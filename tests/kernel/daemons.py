@@ -41,8 +41,11 @@ class Daemon:
         *lines, self._pending = self._pending.split("\n")
         return [json.loads(line) for line in lines]
 
-    def wait_for(self, what: str, timeout_s: float = 20.0) -> dict[str, Any]:
-        """The next event of a kind; what comes before it is passed over."""
+    def wait_for(self, what: str, timeout_s: float = 60.0) -> dict[str, Any]:
+        """The next event of a kind; what comes before it is passed over.
+
+        Where a processor is emulated, a digest of the holders costs more than keep may spend, and comes minutes apart.
+        """
         found: list[dict[str, Any]] = []
 
         def there() -> bool:
