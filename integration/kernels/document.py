@@ -81,7 +81,7 @@ def guests(kernels: dict[str, Any], cells: dict[str, Any]) -> str:
                 bare = found["device-state"] or found["guest-agent"]
                 lines.append(
                     (
-                        kernels.get(kernel.name, {}).get("release", kernel.name).partition("-")[0].partition("+")[0],
+                        kernels.get(kernel.name, {}).get("version", kernel.name).partition("-")[0],
                         measured[0]["version"],
                         vhost,
                         _without(bare),
