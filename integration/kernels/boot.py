@@ -104,11 +104,10 @@ def accelerator(files: Provisioned) -> str:
     return "kvm"
 
 
-def run(kernel: Kernel, command: Sequence[str], *, shared: Path, timeout_s: float, quiet: bool = False) -> Outcome:
+def run(kernel: Kernel, command: Sequence[str], *, shared: Path, timeout_s: float) -> Outcome:
     """Run ``command`` as root in the checkout under ``kernel``; it may write to the folder ``shared``.
 
-    What it prints is shown as it comes, unless ``quiet``.  A virtual machine that does not end in time is killed.
-    Raises ProvisionError.
+    What it prints is shown as it comes.  A virtual machine that does not end in time is killed.  Raises ProvisionError.
     """
     apt.install_packages(PACKAGES)
     files = provision.provision()
@@ -141,7 +140,7 @@ def run(kernel: Kernel, command: Sequence[str], *, shared: Path, timeout_s: floa
         ) as process,
     ):
         try:
-            _follow(process, output, timeout_s, quiet=quiet)
+            _follow(process, output, timeout_s)
         finally:
             process.kill()
             files_image.unlink(missing_ok=True)
@@ -152,13 +151,13 @@ def run(kernel: Kernel, command: Sequence[str], *, shared: Path, timeout_s: floa
     return Outcome(status=int(status.read_text()) if status.exists() else None, output=text)
 
 
-def _follow(process: subprocess.Popen[bytes], output: Path, timeout_s: float, *, quiet: bool) -> None:
+def _follow(process: subprocess.Popen[bytes], output: Path, timeout_s: float) -> None:
     """Show what is written into ``output`` until the process ends, or time is up."""
     deadline = time.monotonic() + timeout_s
     with output.open("rb") as written:
         while True:
             ended = process.poll() is not None or time.monotonic() > deadline
-            if (more := written.read()) and not quiet:
+            if more := written.read():
                 sys.stdout.buffer.write(more)
                 sys.stdout.flush()
             if ended:
