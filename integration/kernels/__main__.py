@@ -64,13 +64,20 @@ class Run:
         try:
             self._inside(kernel, "guests", "cells", record.cell_key, self._options.qemu or tuple(QEMUS))
         finally:
-            wrong = record.worse(record.load(record.RECORD), self.found)
+            measured = {key: row for key, row in self.found["cells"].items() if row["kernel"] == kernel.name}
+            wrong = record.worse(record.load(record.RECORD), {"cells": measured})
         if wrong:
             raise FailedError("; ".join(wrong))
 
     def vhost(self, kernel: Kernel) -> None:
         """What a guest's RSS comes to with vhost=on.  Raises FailedError, ProvisionError."""
-        self._inside(kernel, "vhost", "vhost", lambda row: str(row["qemu"]), self._options.qemu or VHOST_QEMUS)
+        self._inside(
+            kernel,
+            "vhost",
+            "vhost",
+            lambda row: str(row["qemu"]),
+            [name for name in VHOST_QEMUS if name in (self._options.qemu or VHOST_QEMUS)],
+        )
 
     def rights(self, kernel: Kernel) -> None:
         """Which capability each verb needs.  Raises FailedError, ProvisionError."""

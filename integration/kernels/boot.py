@@ -10,6 +10,7 @@ the same paths; what is written in the guest stays in its memory, but for one fo
 can lose bytes, and its exit status says little.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -162,4 +163,5 @@ def _follow(process: subprocess.Popen[bytes], output: Path, timeout_s: float) ->
                 sys.stdout.flush()
             if ended:
                 return
-            time.sleep(0.2)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)

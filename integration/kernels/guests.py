@@ -17,7 +17,7 @@ from typing import Any
 from integration import provision
 from integration.agent_guest import with_agent
 from integration.guest import GuestError
-from integration.kernels.nested import PATIENTLY, Nic, Said, Vm, qsteer, rooted, run_prefix, unprivileged
+from integration.kernels.nested import PATIENTLY, Nic, Said, Vm, qsteer, rooted, run_options, unprivileged
 from integration.provision import Provisioned
 from integration.traffic import Verdict
 from qsteer import ethtool
@@ -36,8 +36,6 @@ PASSED, PASSED_VHOST = (Nic(tap=f"qska{int(on)}", vhost=on, rss=True, passed=Tru
 OFFERED, OFFERED_VHOST = (Nic(tap=f"qskb{int(on)}", vhost=on, rss=True) for on in (False, True))
 PLAIN, PLAIN_VHOST = (Nic(tap=f"qskc{int(on)}", vhost=on, rss=False) for on in (False, True))
 ROOTS, ROOTS_VHOST = (Nic(tap=f"qskd{int(on)}", vhost=on, rss=True) for on in (False, True))
-
-
 _NOT_OFFERED = "rss=on, but this QEMU does not offer the guest RSS"
 
 
@@ -78,38 +76,43 @@ class Matrix:
         """Raises GuestError, ProvisionError."""
         passed = [nic for nic in (PASSED, PASSED_VHOST) if self._can_be_passed(nic)]
         offered, plain, roots = (OFFERED, OFFERED_VHOST), (PLAIN, PLAIN_VHOST), (ROOTS, ROOTS_VHOST)
-        with unprivileged(self._files, "qsk-user", (*passed, *offered, *plain)) as starting:
-            vm = starting.wait()
+        with unprivileged(self._files, "qsk-user", (*passed, *offered, *plain)) as vm:
             for nic in passed:
                 self._passed(vm, nic)
             for nic in offered:
                 self._offered(vm, nic)
             for nic in plain:
                 self._static(vm, nic)
-        with rooted(self._files, "qsk-root", roots) as starting:
-            vm = starting.wait()
+        with rooted(self._files, "qsk-root", roots) as vm:
             for nic in roots:
                 self._qemus_own(vm, nic)
 
-    def _cell(self, nic: Nic, source: Source, result: str, **more: object) -> None:
+    def _cell(
+        self,
+        nic: Nic,
+        source: Source,
+        result: str,
+        *,
+        says: str = "",
+        without: tuple[int, ...] = (),
+        with_qsteer: tuple[int, ...] = (),
+    ) -> None:
         self._report(
-            dataclasses.replace(
-                Cell(
-                    qemu=self._qemu,
-                    version=self._files.qemu_version,
-                    vhost=nic.vhost,
-                    source=str(source),
-                    result=result,
-                ),
-                **more,  # type: ignore[arg-type]
+            Cell(
+                qemu=self._qemu,
+                version=self._files.qemu_version,
+                vhost=nic.vhost,
+                source=str(source),
+                result=result,
+                says=says,
+                without=without,
+                with_qsteer=with_qsteer,
             )
         )
 
     def _can_be_passed(self, nic: Nic) -> bool:
         """Ask ``qsteer run`` whether it passes a program; if not, that is the cell."""
-        command = [*run_prefix("qsk-user", (nic,)), str(self._files.qemu)]
-        command.insert(command.index("run") + 1, "--dry-run")
-        said = qsteer(*command[command.index("run") :])
+        said = qsteer("run", "--dry-run", *run_options("qsk-user", (nic,)), str(self._files.qemu))
         if said.status:
             self._cell(nic, Source.SHARED_MAPS, "refused", says=said.line)
         elif "ebpf-rss-fds" not in said.out:

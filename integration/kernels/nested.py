@@ -19,7 +19,7 @@ from integration.agent_guest import agent_arguments, restart_agent
 from integration.guest import Guest, as_user
 from integration.provision import Provisioned
 from integration.traffic import FLOWS, Verdict, follow, verify
-from qsteer import kernel
+from qsteer import ethtool, kernel
 from qsteer.rss import RssConfig
 from tests.kernel.support import PATIENCE
 
@@ -27,6 +27,7 @@ QUEUES = 4
 USER = "nobody"
 PATIENTLY = ("--timeout", str(12 * PATIENCE))
 """For every verb that asks QEMU or a guest."""
+_QSTEER = (sys.executable, "-m", "qsteer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ class Vm:
 
     def is_offered_rss(self, nic: Nic) -> bool:
         """Whether the guest's driver has a table for the NIC."""
-        return self.guest.run(f"ethtool -x {self.device(nic)} | grep -c '^ *0:' || true").strip() != "0"
+        return not ethtool.has_no_table(self.guest.run(f"ethtool -x {self.device(nic)}"))
 
     def ethtool(self, nic: Nic, arguments: str) -> RssConfig:
         """Let the guest set its RSS configuration (``-X``'s arguments); what its ethtool then tells."""
@@ -75,22 +76,6 @@ class Vm:
         """Follow the flows through a NIC, and compare them with a configuration."""
         sighting = follow(self.guest, nic.tap, self.files.flowrx, queues=QUEUES, flows=flows, device=self.device(nic))
         return verify(sighting, config, queues=QUEUES)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Starting:
-    """A guest that boots; two of them do so at once in little more time than one."""
-
-    guest: Guest
-    files: Provisioned
-
-    def wait(self) -> Vm:
-        """Until it is up.  Raises GuestError."""
-        self.guest.wait_ready()
-        restart_agent(self.guest)
-        told = self.guest.run('for nic in /sys/class/net/eth*; do echo "$(cat $nic/address) ${nic##*/}"; done')
-        devices = dict(line.split() for line in told.splitlines())
-        return Vm(guest=self.guest, files=self.files, devices=devices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,22 +92,21 @@ class Said:
         return " / ".join(self.err.strip().splitlines())
 
 
-def qsteer(*arguments: str, prefix: Sequence[str] = ()) -> Said:
+def qsteer(*arguments: str) -> Said:
     """Run a qsteer command as a user would."""
-    argv = [*prefix, sys.executable, "-m", "qsteer", *arguments]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60 * PATIENCE)
+    done = subprocess.run([*_QSTEER, *arguments], capture_output=True, text=True, timeout=60 * PATIENCE)
     return Said(status=done.returncode, out=done.stdout, err=done.stderr)
 
 
-def run_prefix(name: str, nics: Sequence[Nic]) -> tuple[str, ...]:
-    """What starts QEMU with NICs that are passed to it."""
+def run_options(name: str, nics: Sequence[Nic]) -> tuple[str, ...]:
+    """The options of ``qsteer run``, QEMU's command line follows, for NICs that are passed to it."""
     taps = (f"id={nic.tap},queues={QUEUES},ifname={nic.tap},vhost={nic.word},rss=on,mac={nic.mac}" for nic in nics)
     options = (word for tap in taps for word in ("--tap", tap))
-    return (sys.executable, "-m", "qsteer", "run", "--vm", name, *options, "--user", USER, "--")
+    return ("--vm", name, *options, "--user", USER, "--")
 
 
 @contextlib.contextmanager
-def unprivileged(files: Provisioned, name: str, nics: Sequence[Nic]) -> Iterator[Starting]:
+def unprivileged(files: Provisioned, name: str, nics: Sequence[Nic]) -> Iterator[Vm]:
     """A guest whose QEMU is an ordinary user's; what is not ``passed`` comes as from libvirt, opened by somebody else.
 
     ``files`` has a guest with an agent (``agent_guest.with_agent``).  Raises GuestError.
@@ -142,19 +126,19 @@ def unprivileged(files: Provisioned, name: str, nics: Sequence[Nic]) -> Iterator
             backend = f"vhost=on,vhostfds={_colons(vhost)}" if nic.vhost else "vhost=off"
             arguments += _nic(nic, f"fds={_colons(tap.fds)},{backend}")
             fds += (*tap.fds, *vhost)
-        prefix = run_prefix(name, passed) if passed else as_user(USER)
-        yield stack.enter_context(_started(files, name, arguments, prefix=prefix, pass_fds=fds, opened=ours))
+        prefix = (*_QSTEER, "run", *run_options(name, passed)) if passed else as_user(USER)
+        yield stack.enter_context(_booted(files, name, arguments, prefix=prefix, pass_fds=fds, opened=ours))
 
 
 @contextlib.contextmanager
-def rooted(files: Provisioned, name: str, nics: Sequence[Nic]) -> Iterator[Starting]:
+def rooted(files: Provisioned, name: str, nics: Sequence[Nic]) -> Iterator[Vm]:
     """A guest whose QEMU is root, and does everything itself.  Raises GuestError."""
     arguments: list[str] = []
     for nic in nics:
         netdev = f"ifname={nic.tap},queues={QUEUES},vhost={nic.word},script=no,downscript=no"
         arguments += _nic(nic, netdev)
-    with contextlib.ExitStack() as nothing, _started(files, name, arguments, opened=nothing) as starting:
-        yield starting
+    with contextlib.ExitStack() as nothing, _booted(files, name, arguments, opened=nothing) as vm:
+        yield vm
 
 
 def _nic(nic: Nic, backend: str) -> tuple[str, ...]:
@@ -164,7 +148,7 @@ def _nic(nic: Nic, backend: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _started(
+def _booted(
     files: Provisioned,
     name: str,
     arguments: Sequence[str],
@@ -172,7 +156,7 @@ def _started(
     prefix: Sequence[str] = (),
     pass_fds: Sequence[int] = (),
     opened: contextlib.ExitStack,
-) -> Iterator[Starting]:
+) -> Iterator[Vm]:
     user = USER if prefix else "root"
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix=f"qsteer-{name}-agent-"))
@@ -182,7 +166,11 @@ def _started(
         guest = Guest(files, name=name, user=user, prefix=prefix, arguments=(*arguments, *agent), pass_fds=pass_fds)
         with opened:
             stack.enter_context(guest)
-        yield Starting(guest=guest, files=files)
+        guest.wait_ready()
+        restart_agent(guest)
+        told = guest.run('for nic in /sys/class/net/eth*; do echo "$(cat $nic/address) ${nic##*/}"; done')
+        devices = dict(line.split() for line in told.splitlines())
+        yield Vm(guest=guest, files=files, devices=devices)
 
 
 def _colons(fds: Sequence[int]) -> str:

@@ -80,6 +80,7 @@ def of_rights(found: Mapping[str, Any]) -> dict[str, Any]:
     tried = dict.fromkeys(row["setting"] for row in found["settings"] if "verb" in row)
     return {
         "release": found["kernel"],
+        "date": today(),
         "verbs": [
             {name: row[name] for name in ("verb", "user", "every", "needs")}
             | {"without": {name: less["exit"] for name, less in row["without"].items()}}

@@ -171,8 +171,8 @@ def show(files: Provisioned, name: str) -> dict[str, Any]:
     takes_program = name == "10.0"
     nics = (PASSED, OFFERED) if takes_program else (WAITING,)
     files = provision.with_qemu(files, QEMUS[name]())
-    with unprivileged(files, "qsk-vhost", nics) as starting:
-        shown = Show(starting.wait())
+    with unprivileged(files, "qsk-vhost", nics) as vm:
+        shown = Show(vm)
         if takes_program:
             shown.passed()
             shown.with_and_without(PASSED, "--source", "shared-maps")
