@@ -85,6 +85,24 @@ def links_up(*names: str, master: str | None = None, mtu: int | None = None) -> 
             if mtu:
                 route.link("set", index=index, mtu=mtu)
             route.link("set", index=index, state="up")
+        if master:
+            wait_until(
+                f"{master} forwards to {', '.join(names)}", lambda: all(_forwards(route, name) for name in names)
+            )
+
+
+def _forwards(route: IPRoute, name: str) -> bool:
+    """Whether a bridge passes packets to one of its ports: not before the kernel's worker has seen its carrier."""
+    forwarding = 3  # BR_STATE_FORWARDING
+    state = route.link("get", ifname=name)[0].get(("linkinfo", "slave_data", "state"))
+    return bool(state == forwarding)
+
+
+def _sends(name: str) -> bool:
+    """Whether the same worker has made a device's queues ready; a tap's are at once, and it never says UP."""
+    with IPRoute() as route:
+        link = route.link("get", ifname=name)[0]
+        return bool(link.get("operstate") == "UP" or link.get(("linkinfo", "kind")) == "tun")
 
 
 def add_bridge(name: str) -> None:
@@ -140,7 +158,8 @@ def tap(name: str = "", queues: int = 4) -> Iterator[TapUnderTest]:
 
 @contextlib.contextmanager
 def sender(device: str) -> Iterator[socket.socket]:
-    """A packet socket that sends whole frames out of a device."""
+    """A packet socket that sends whole frames out of a device, once that one no longer throws them away."""
+    wait_until(f"{device} has a carrier", lambda: _sends(device))
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sock:
         sock.bind((device, 0))
         yield sock
