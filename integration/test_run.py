@@ -171,7 +171,7 @@ def test_qemus_death_leaves_nothing(files: Provisioned, user: str) -> None:
 
 STEPS = {
     "the first tap is open": "kernel.open_tap",
-    "the link is set up": "run._set_up_link",
+    "the link is set up": "ready._set_up_link",
     "the program is loaded": "programs.load_program",
     "QEMU's command line is made": "runplan.qemu_argv",
     "the user is changed": "run._become",
@@ -185,7 +185,7 @@ def test_death_at_each_step_leaves_nothing(files: Provisioned, user: str, step: 
     before = support.loaded_programs()
     patch = f"""
 import os, sys
-from qsteer import kernel, programs, qmp, run, runplan
+from qsteer import kernel, programs, qmp, ready, run, runplan
 from qsteer.__main__ import main
 from qsteer.errors import QsteerError
 probe = qmp.probe

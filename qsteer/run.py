@@ -4,9 +4,8 @@
 Theory of operation
 ===================
 
-What is to be done is decided in ``runplan``; here the host is looked at, and the plan is carried out.  Nothing that is
-made outlives the process that holds it: a tap goes with its last queue fd, a program with its last fd.  So a failure at
-any step leaves nothing behind, and so does the death of qsteer, or of the QEMU that it has become.
+What is to be done is decided in ``runplan``; here the host is looked at, and the plan is carried out.  A failure at
+any step leaves nothing behind, and so does the death of qsteer, or of the QEMU that it has become (``ready``).
 
 QEMU inherits the fds that stand on its command line, and what the caller of qsteer gave.  It runs as the user that was
 asked for, with empty capability sets, and so does the QEMU that is asked beforehand what it can do.
@@ -21,20 +20,18 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qsteer import kernel, procs, programs, qemuargs, qmp, runplan, shim
+from qsteer import procs, qemuargs, qmp, ready, runplan, shim
 from qsteer.errors import PermissionDeniedError, QsteerError, UsageError, from_errno
-from qsteer.model import Source
 from qsteer.render import columns
-from qsteer.runplan import Nic, NicHandles, RunPlan, TapSpec
+from qsteer.runplan import Nic, NicHandles, RunPlan
 
 if TYPE_CHECKING:
     from qsteer.links import Link
 
-VHOST_NET = Path("/dev/vhost-net")
-MACHINE_ID = Path("/etc/machine-id")
+
+HEADINGS = ("NIC", "TAP", "QUEUES", "MAC", "VHOST", "BRIDGE", "PROGRAM")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +90,7 @@ def run(
             )
 
     probe = qmp.probe(binary, drivers=runplan.drivers_of(qemuargs.parse(command)), become=lambda: _become(identity))
-    plan = runplan.make_plan(specs=specs, command=command, probe=probe, vm=vm, vhost_available=_has_vhost())
+    plan = runplan.make_plan(specs=specs, command=command, probe=probe, vm=vm, vhost_available=ready.has_vhost())
     # Anybody may give a process of their own any name: only root and the VM's user can be in the way.
     users = (0, identity.uid if identity else os.geteuid())
     for process in procs.running_qemus() if plan.vm else ():
@@ -103,45 +100,36 @@ def run(
                 hint="choose another name with --vm",
             )
 
-    if plan.vm is None and not specs[0].ifname and any(nic.mac is None for nic in plan.nics):
+    if plan.vm is None and any(nic.mac is None and not nic.spec.ifname for nic in plan.nics):
         nameless = "the VM has no name: a MAC is made of the tap's, and may be another one next time; see --vm"
         plan = replace(plan, notes=(*plan.notes, nameless))
     if not dry_run:
-        _execute(plan, binary, identity, bridges, quiet=quiet)
+        _execute(plan, binary, identity, quiet=quiet)
     return _rehearse(plan, identity, bridges)
 
 
-def _execute(
-    plan: RunPlan, binary: str, identity: Identity | None, bridges: Mapping[str, "Link"], *, quiet: bool
-) -> NoReturn:
+def _execute(plan: RunPlan, binary: str, identity: Identity | None, *, quiet: bool) -> NoReturn:
     with contextlib.ExitStack() as stack:
-        taps: list[kernel.OpenTap] = []
-        for nic in plan.nics:
-            taps.append(kernel.open_tap(nic.spec.ifname, nic.spec.queues))
+        taps: list[ready.ReadyTap] = []
+        for order in runplan.orders(plan):
+            taps.append(ready.make(order))
             stack.callback(taps[-1].close)
-        rows: list[tuple[str, ...]] = [("NIC", "TAP", "QUEUES", "MAC", "VHOST", "BRIDGE", "PROGRAM")]
-        handles: list[NicHandles] = []
-        for nic, tap in zip(plan.nics, taps, strict=True):
-            mac = nic.mac or runplan.stable_mac(plan.vm or taps[0].name, nic.spec.id, _machine_id())
-            _set_up_link(tap.name, nic.spec, mac, bridges)
-            program = _load_program(tap.name, stack) if nic.steered else None
-            vhost_fds = _open_vhost(nic.spec.queues, stack) if nic.vhost else ()
-            handles.append(
-                NicHandles(
-                    queue_fds=tuple(map(str, tap.fds)),
-                    vhost_fds=tuple(map(str, vhost_fds)),
-                    program_fds=tuple(map(str, program.fds)) if program else (),
-                    mac=mac,
-                )
-            )
-            rows.append(_row(nic, tap.name, mac, f"qsteer {program.id} ({program.build})" if program else "-"))
-
         if not quiet:
+            rows = [HEADINGS, *(row(nic, tap) for nic, tap in zip(plan.nics, taps, strict=True))]
             print(columns(rows), *plan.notes, f"QEMU runs as {_who(identity)}", sep="\n", file=sys.stderr, flush=True)
-        for given in handles:
-            for fd in (*given.queue_fds, *given.vhost_fds, *given.program_fds):
-                os.set_inheritable(int(fd), True)
-        _become_qemu(binary, runplan.qemu_argv(plan, handles), identity)
+        for tap in taps:
+            for fd in tap.fds:
+                os.set_inheritable(fd, True)
+        _become_qemu(binary, runplan.qemu_argv(plan, [_handles(tap) for tap in taps]), identity)
+
+
+def _handles(tap: ready.ReadyTap) -> NicHandles:
+    return NicHandles(
+        queue_fds=tuple(map(str, tap.queue_fds)),
+        vhost_fds=tuple(map(str, tap.vhost_fds)),
+        program_fds=tuple(map(str, tap.program_fds)),
+        mac=tap.mac,
+    )
 
 
 def _become_qemu(binary: str, argv: tuple[str, ...], identity: Identity | None) -> NoReturn:
@@ -156,44 +144,6 @@ def _become_qemu(binary: str, argv: tuple[str, ...], identity: Identity | None) 
         os.execve(binary, argv, _environment(identity))
     except OSError as error:
         raise from_errno(error.errno or 0, f'cannot run "{binary}"') from None
-
-
-def _set_up_link(tap: str, spec: TapSpec, mac: str, bridges: Mapping[str, "Link"]) -> None:
-    from qsteer import links
-
-    if spec.bridge:
-        bridge = bridges[spec.bridge]
-        port_mac = links.bridge_port_mac(mac)
-        links.configure(tap, mac=port_mac, mtu=spec.mtu or bridge.mtu, bridge_index=bridge.index)
-    else:
-        links.configure(tap, mtu=spec.mtu)
-
-
-def _load_program(tap: str, stack: contextlib.ExitStack) -> programs.Program:
-    program = programs.load_program(tap=tap, source=Source.SHARED_MAPS)
-    stack.callback(program.close)
-    return program
-
-
-def _has_vhost() -> bool:
-    """Whether vhost works here.  The node may be there without the module, which opening it loads where it can."""
-    try:
-        os.close(os.open(VHOST_NET, os.O_RDWR | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True
-
-
-def _open_vhost(queues: int, stack: contextlib.ExitStack) -> tuple[int, ...]:
-    """One fd of /dev/vhost-net per queue, which QEMU's user could not open."""
-    fds: list[int] = []
-    for _ in range(queues):
-        try:
-            fds.append(os.open(VHOST_NET, os.O_RDWR | os.O_CLOEXEC))
-        except OSError as error:
-            raise from_errno(error.errno or 0, f"cannot open {VHOST_NET}", hint="vhost=off does without it") from None
-        stack.callback(os.close, fds[-1])
-    return tuple(fds)
 
 
 def _identity(user: str | None) -> Identity | None:
@@ -238,17 +188,10 @@ def _environment(identity: Identity | None) -> dict[str, str]:
     return {**kept, "HOME": identity.home, "USER": identity.name, "LOGNAME": identity.name}
 
 
-def _machine_id() -> str:
-    """What tells this host from others; empty where it has no id."""
-    try:
-        return MACHINE_ID.read_text("ascii").strip()
-    except (OSError, ValueError):
-        return ""
-
-
-def _row(nic: Nic, tap: str, mac: str, program: str) -> tuple[str, ...]:
+def row(nic: Nic, tap: ready.ReadyTap) -> tuple[str, ...]:
+    """What is told of a NIC whose tap is ready; under HEADINGS."""
     vhost = "on" if nic.vhost else "off"
-    return (nic.spec.id, tap, str(nic.spec.queues), mac, vhost, nic.spec.bridge or "-", program)
+    return (nic.spec.id, tap.name, str(nic.spec.queues), tap.mac, vhost, nic.spec.bridge or "-", tap.program)
 
 
 def _who(identity: Identity | None) -> str:
@@ -264,8 +207,10 @@ def _rehearse(plan: RunPlan, identity: Identity | None, bridges: Mapping[str, "L
     for nic in plan.nics:
         spec = nic.spec
         tap = f"tap {spec.ifname}" if spec.ifname else f"the tap of {spec.id}"
-        vm = plan.vm or plan.nics[0].spec.ifname
-        mac = nic.mac or (runplan.stable_mac(vm, spec.id, _machine_id()) if vm else "52:xx:xx:xx:xx:xx")
+        named_by = plan.vm or spec.ifname
+        mac = nic.mac or (
+            runplan.stable_mac(named_by, spec.id, ready.machine_id()) if named_by else "52:xx:xx:xx:xx:xx"
+        )
         steps.append(f"open {tap} with {spec.queues} queue{'s' * (spec.queues > 1)}")
         if spec.bridge:
             steps.append(
@@ -276,7 +221,7 @@ def _rehearse(plan: RunPlan, identity: Identity | None, bridges: Mapping[str, "L
         if nic.steered:
             steps.append(f"load a steering program for {tap}")
         if nic.vhost:
-            steps.append(f"open {VHOST_NET} {spec.queues} times")
+            steps.append(f"open {ready.VHOST_NET} {spec.queues} times")
         handles.append(
             NicHandles(
                 queue_fds=tuple(f"{spec.id}-queue{index}" for index in range(spec.queues)),

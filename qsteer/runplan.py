@@ -106,6 +106,26 @@ class RunPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What is wanted for one NIC.
+
+    An empty ``ifname`` lets the kernel choose, as does a ``%d`` in it; an empty ``bridge`` joins none.  Without a
+    ``mac`` one is made of the VM's name, or of the tap's where the VM has none, and the NIC's ``id``.  ``mtu`` None is
+    the bridge's.
+    """
+
+    id: str
+    queues: int
+    ifname: str = ""
+    bridge: str = ""
+    mac: str | None = None
+    mtu: int | None = None
+    vhost: bool = False
+    steered: bool = True
+    vm: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NicHandles:
     """What QEMU is given for one NIC, as it is to stand on the command line: fds in text, and the NIC's MAC."""
 
@@ -177,14 +197,13 @@ def make_plan(
         raise UsageError(f"--vm {vm!r} is not a name")
     if vm is not None and args.name is not None and vm != args.name:
         raise UsageError(f'--vm says "{vm}", -name says "{args.name}"', hint="leave one of them out")
-    notes: list[str] = []
-    nics = tuple(_nic(spec, args, probe, vhost_available, notes) for spec in specs)
+    planned = [plan_nic(spec, args, probe, vhost_available=vhost_available) for spec in specs]
     return RunPlan(
         command=tuple(command),
         vm=vm if vm is not None else args.name,
         adds_name=vm is not None and args.name is None,
-        nics=nics,
-        notes=tuple(notes),
+        nics=tuple(nic for nic, _ in planned),
+        notes=tuple(note for _, notes in planned for note in notes),
     )
 
 
@@ -197,10 +216,31 @@ def qemu_argv(plan: RunPlan, handles: Sequence[NicHandles]) -> tuple[str, ...]:
         vhost = f"on,vhostfds={':'.join(given.vhost_fds)}" if nic.vhost else "off"
         argv += ("-netdev", f"tap,id={nic.spec.id},fds={':'.join(given.queue_fds)},vhost={vhost}")
         if nic.device is None:
-            argv += ("-device", _json({"driver": PCI_DRIVER, "netdev": nic.spec.id} | _gained(nic, given)))
-        elif gained := _gained(nic, given):
+            argv += ("-device", _json({"driver": PCI_DRIVER, "netdev": nic.spec.id} | properties(nic, given)))
+        elif gained := properties(nic, given):
             argv[nic.device.position] = _json(_as_json(nic.device, nic.types) | gained)
     return tuple(argv)
+
+
+def orders(plan: RunPlan) -> tuple[Order, ...]:
+    """The taps that a plan takes."""
+    return tuple(order_of(nic, plan.vm) for nic in plan.nics)
+
+
+def order_of(nic: Nic, vm: str | None) -> Order:
+    """The tap that a NIC of a VM takes."""
+    spec = nic.spec
+    return Order(
+        id=spec.id,
+        queues=spec.queues,
+        ifname=spec.ifname,
+        bridge=spec.bridge,
+        mac=nic.mac,
+        mtu=spec.mtu,
+        vhost=nic.vhost,
+        steered=nic.steered,
+        vm=vm,
+    )
 
 
 def stable_mac(vm: str, nic_id: str, machine_id: str) -> str:
@@ -210,7 +250,14 @@ def stable_mac(vm: str, nic_id: str, machine_id: str) -> str:
     return f"52:{digest[:5].hex(':')}"
 
 
-def _nic(spec: TapSpec, args: QemuArgs, probe: "QemuProbe", vhost_available: bool, notes: list[str]) -> Nic:
+def plan_nic(
+    spec: TapSpec, args: QemuArgs, probe: "QemuProbe", *, vhost_available: bool
+) -> tuple[Nic, tuple[str, ...]]:
+    """Decide about one NIC, and what the user should know of it.
+
+    ``args`` is QEMU's command line: a -device that names the NIC's netdev is the user's own for it, and -global holds
+    for the one that is added, too.  Raises what ``make_plan`` raises.
+    """
     device = _device_of(spec, args)
     driver = device.driver if device else PCI_DRIVER
     if driver == _DRIVER_ALIAS:
@@ -231,10 +278,7 @@ def _nic(spec: TapSpec, args: QemuArgs, probe: "QemuProbe", vhost_available: boo
         _check_steerable(spec, own, types, probe)
 
     lost_vhost = spec.vhost is Vhost.AUTO and vhost_available and not vhost
-    notes += (
-        f"{spec.id}: {note}"
-        for note in _notes(spec, own, version=probe.version_text, steered=steered, lost_vhost=lost_vhost)
-    )
+    notes = _notes(spec, own, version=probe.version_text, steered=steered, lost_vhost=lost_vhost)
     wanted = ["mac"]
     if spec.queues > 1:
         wanted += ("mq", "vectors")
@@ -244,7 +288,7 @@ def _nic(spec: TapSpec, args: QemuArgs, probe: "QemuProbe", vhost_available: boo
         wanted.append("ebpf-rss-fds")
     if spec.mtu is not None:
         wanted.append("host_mtu")
-    return Nic(
+    nic = Nic(
         spec=spec,
         device=device,
         types=types,
@@ -253,6 +297,7 @@ def _nic(spec: TapSpec, args: QemuArgs, probe: "QemuProbe", vhost_available: boo
         mac=_given_mac(spec, own),
         gains=tuple(key for key in wanted if key in types and key not in own),
     )
+    return nic, tuple(f"{spec.id}: {note}" for note in notes)
 
 
 def _device_of(spec: TapSpec, args: QemuArgs) -> Device | None:
@@ -335,8 +380,8 @@ def _given_mac(spec: TapSpec, own: Mapping[str, object]) -> str | None:
     return mac
 
 
-def _gained(nic: Nic, given: NicHandles) -> dict[str, object]:
-    """The properties that the device does not have yet."""
+def properties(nic: Nic, given: NicHandles) -> dict[str, object]:
+    """The properties of a NIC's device that it does not have yet, as QEMU takes them in JSON."""
     values: dict[str, object] = {
         "mq": True,
         "vectors": 2 * nic.spec.queues + 2,

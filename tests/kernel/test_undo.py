@@ -378,7 +378,6 @@ class BecameQemuError(Exception):
 def test_run_with_each_call_failing_in_turn(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two NICs, of which the first is on a bridge: no tap, no program and no fd is left, wherever it fails."""
     support.add_bridge("qsun-br")
-    bridge = links.bridge("qsun-br")
     specs = runplan.parse_taps(
         (f"id=net0,queues=2,ifname={TAP},bridge=qsun-br,mac=52:54:00:00:00:01", "id=net1,queues=2,ifname=qsun-two")
     )
@@ -407,7 +406,7 @@ def test_run_with_each_call_failing_in_turn(namespace: str, monkeypatch: pytest.
 
         monkeypatch.setattr(links, "configure", may_fail)
         with pytest.raises((QsteerError, BecameQemuError)), fault.injected():
-            run._execute(wanted, "/usr/bin/qemu", None, {"qsun-br": bridge}, quiet=True)
+            run._execute(wanted, "/usr/bin/qemu", None, quiet=True)
         assert (set(os.listdir("/proc/self/fd")), private.pins()) == before, f"after {fault.hit}"  # noqa: PTH208
         assert not any(links.find(name) for name in names), fault.hit
         support.wait_until(

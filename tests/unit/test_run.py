@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qsteer import kernel, links, procs, programs, qemuargs, qmp, run, runplan, shim
+from qsteer import kernel, links, procs, programs, qemuargs, qmp, ready, run, runplan, shim
 from qsteer.errors import (
     NotFoundError,
     PermissionDeniedError,
@@ -553,8 +553,8 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     monkeypatch.setattr(links, "find", find)
     monkeypatch.setattr(qmp, "probe", lambda *_, **__: QEMU_10_0)
     monkeypatch.setattr(procs, "running_qemus", lambda: ())
-    monkeypatch.setattr(run, "VHOST_NET", tmp_path / "vhost-net")
-    monkeypatch.setattr(run, "MACHINE_ID", tmp_path / "machine-id")
+    monkeypatch.setattr(ready, "VHOST_NET", tmp_path / "vhost-net")
+    monkeypatch.setattr(ready, "MACHINE_ID", tmp_path / "machine-id")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     for name in ("setgroups", "setresgid", "setresuid"):
         monkeypatch.setattr(os, name, lambda *ids, name=name: state.calls.append((name, *ids)))
@@ -584,13 +584,13 @@ def test_run(host: Host, capfd: pytest.CaptureFixture[str]) -> None:
     port = {"mac": "fe:54:00:00:00:01", "mtu": 1400, "bridge_index": 5}
     assert host.calls == [
         ("open_tap", "t0", 2),
-        ("open_tap", "", 1),
         ("configure", "t0", port),
         ("load_program", "t0", Source.SHARED_MAPS),
+        ("open_tap", "", 1),
         ("configure", "tap7", {"mtu": 1280}),
         ("drop_capabilities",),
     ]
-    queue0, queue1, other, *program = host.fds
+    queue0, queue1, *program, other = host.fds
     assert f"tap,id=net0,fds={queue0}:{queue1},vhost=off" in host.argv
     assert f"tap,id=net1,fds={other},vhost=off" in host.argv
     assert json.loads(host.argv[-5])["ebpf-rss-fds"] == [str(fd) for fd in program]
@@ -608,12 +608,12 @@ def test_run(host: Host, capfd: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_a_vm_without_a_name_has_its_first_taps(host: Host, tmp_path: Path) -> None:
+def test_without_a_vms_name_the_taps_counts(host: Host, tmp_path: Path) -> None:
     (tmp_path / "machine-id").write_text("0123\n")
     with pytest.raises(BecameQemuError):
         start("id=net0,queues=2", "id=net1,queues=2,ifname=t1")
     macs = [json.loads(value)["mac"] for value in host.argv if value.startswith("{")]
-    assert macs == [stable_mac("tap7", "net0", "0123"), stable_mac("tap7", "net1", "0123")]
+    assert macs == [stable_mac("tap7", "net0", "0123"), stable_mac("t1", "net1", "0123")]
     assert "-name" not in host.argv
 
 
@@ -736,8 +736,8 @@ def test_a_failing_step_leaves_no_fd(host: Host, monkeypatch: pytest.MonkeyPatch
         case "load_program":
             monkeypatch.setattr(programs, "load_program", fail)
         case "vhost":
-            monkeypatch.setattr(run, "VHOST_NET", tmp_path)  # not to be opened for writing
-            monkeypatch.setattr(run, "_has_vhost", lambda: True)
+            monkeypatch.setattr(ready, "VHOST_NET", tmp_path)  # not to be opened for writing
+            monkeypatch.setattr(ready, "has_vhost", lambda: True)
         case "become":
             monkeypatch.setattr(shim, "drop_capabilities", fail)
         case "exec":
