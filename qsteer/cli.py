@@ -14,6 +14,7 @@ _EXIT_CODES = """exit codes: 0 done, 1 failed, 2 usage, 3 no such VM or tap, 4 p
 6 conflict with a foreign program, 7 difference found (status --check only), 8 busy, try again"""
 
 
+SERVICE_HELP = "qsteer serve's socket, which makes the taps (without CAP_NET_ADMIN: /run/qsteer/serve.sock)"
 SOURCES = ("auto", "shared-maps", "qemu-maps", "device-state", "guest-agent", "static")
 
 
@@ -90,11 +91,15 @@ def parser() -> argparse.ArgumentParser:
 
     allow = _Parser(add_help=False)
     text = "what qsteer may do to a VM: pause (device-state stops it for a moment)"
-    allow.add_argument("--allow", type=_allowed, default=(), metavar="pause", help=text)
+    allow.add_argument("--allow", type=_allowed, metavar="pause", help=text)
     desired = _Parser(add_help=False)
-    desired.add_argument("--source", choices=SOURCES, default="auto", help="default: auto, the best that works")
-    desired.add_argument("--replace", action="store_true", help="take a foreign program, or QEMU's own, off")
-    desired.add_argument("--force", action="store_true", help="attach even where QEMU undoes it in software")
+    # None is what the configuration says.
+    text = "default: what the configuration says, else auto, the best that works"
+    desired.add_argument("--source", choices=SOURCES, help=text)
+    text = "take a foreign program, or QEMU's own, off"
+    desired.add_argument("--replace", action="store_true", default=None, help=text)
+    text = "attach even where QEMU undoes it in software"
+    desired.add_argument("--force", action="store_true", default=None, help=text)
     patience = _Parser(add_help=False)
     text = "wait so long for another qsteer, and for what a VM answers (5 s)"
     patience.add_argument("--timeout", type=_seconds, default=5.0, metavar="S", help=text)
@@ -113,6 +118,9 @@ def parser() -> argparse.ArgumentParser:
         "--refresh", action="store_true", help="swap a program of another version of qsteer for this one's"
     )
 
+    text = "store these options for the VM and NIC in /etc/qsteer/conf.d"
+    added.add_argument("--save", action="store_true", help=text)
+
     text = "stop steering (QEMU may attach a program that it was given again)"
     off = verb("off", text, select, expect, patience, change, output)
     off.add_argument("--replace", action="store_true", help="take even a foreign program, or QEMU's own, off")
@@ -120,16 +128,20 @@ def parser() -> argparse.ArgumentParser:
     added = verb(
         "keep", "keep taps steered, whatever QEMU and guests do (a daemon)", select, desired, allow, patience, output
     )
-    added.set_defaults(if_absent=False, expect=None, refresh=False)
+    added.set_defaults(if_absent=False, expect=None, refresh=False, save=False)
     _add_static(added)
     added.add_argument(
         "--reread", type=_seconds, default=60.0, metavar="S", help="ask guests again this often; 0: never (60 s)"
     )
     verb("monitor", "print what happens to taps, change nothing", select, output)
+    serve = verb("serve", "hand out taps and programs to users without root, as configured (a daemon)")
+    serve.add_argument("--socket", metavar="PATH", help="listen here (/run/qsteer/serve.sock; or systemd's socket)")
     verb("clean", "remove what no tap uses any more from the host", patience, change, output)
 
     run = verb("run", "start QEMU with taps that are steered as the guest asks", change, output)
-    run.usage = "qsteer run [--vm NAME] --tap id=ID,queues=N[,...] [--user USER] [-n] -- QEMU [ARGUMENT ...]"
+    run.usage = (
+        "qsteer run [--vm NAME] --tap id=ID,queues=N[,...] [--user USER] [--service PATH] -- QEMU [ARGUMENT ...]"
+    )
     run.add_argument("--vm", metavar="NAME", help="the VM's name; default: QEMU's -name")
     run.add_argument(
         "--tap",
@@ -140,7 +152,37 @@ def parser() -> argparse.ArgumentParser:
         help="a NIC and its tap (repeatable)",
     )
     run.add_argument("--user", metavar="USER", help="who QEMU runs as (as root: must be given)")
+    run.add_argument("--service", metavar="PATH", help=SERVICE_HELP)
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- QEMU ARGUMENT", help="QEMU's command line")
+
+    one_vm = _Parser(add_help=False)
+    which = one_vm.add_mutually_exclusive_group(required=True)
+    which.add_argument("--vm", metavar="NAME|UUID", help="a VM's name or UUID")
+    which.add_argument("--pid", type=_pid, metavar="PID", help="a QEMU's process id")
+    which.add_argument("--qmp", metavar="PATH", help="the VM that serves this QMP socket")
+    added = verb("plug", "plug a NIC that is steered as the guest asks into a VM that runs", one_vm, change, output)
+    added.add_argument(
+        "--tap",
+        action="append",
+        required=True,
+        metavar="id=ID,queues=N[,...]",
+        help="the NIC and its tap, as for run",
+    )
+    text = "QEMU's bus to plug it into; default: the first that is free"
+    added.add_argument("--bus", type=_bus, metavar="ID", help=text)
+    added.add_argument("--service", metavar="PATH", help=SERVICE_HELP)
+    added = verb("unplug", "take a NIC off a VM that runs, with its tap", one_vm, change, output)
+    added.add_argument("--nic", required=True, metavar="ID|ALIAS", help="the id of the NIC or of its netdev")
+    text = "how long the guest may take to let it go (30 s)"
+    added.add_argument("--timeout", type=_seconds, default=30.0, metavar="S", help=text)
+    config = verbs.add_parser("config", help="check the configuration", description="Check the configuration.")
+    nouns = config.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    text = "find every mistake in the configuration, or in files"
+    check = nouns.add_parser(
+        "check", help=text, description=f"{text.capitalize()}.", parents=[common, output], epilog=_EXIT_CODES
+    )
+    check.add_argument("file", nargs="*", metavar="FILE", help="default: those of /etc/qsteer (QSTEER_CONFIG)")
+    check.set_defaults(verb="config_check")
     return top
 
 
@@ -160,6 +202,12 @@ def _pid(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 1 << 22:
         raise argparse.ArgumentTypeError(f'"{text}" is not a process id')
     return int(text)
+
+
+def _bus(text: str) -> str:
+    if not 0 < len(text) <= 255 or not text.isprintable():
+        raise argparse.ArgumentTypeError(f'"{text}" is not the id of a bus')
+    return text
 
 
 def _allowed(text: str) -> tuple[str, ...]:

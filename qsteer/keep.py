@@ -20,10 +20,10 @@ from typing import Protocol
 
 from qsteer import inventory, programs, render
 from qsteer.errors import QsteerError
+from qsteer.intent import Intent
 from qsteer.keeper import Keeper
 from qsteer.model import Inventory, ProgramInfo, Tap
 from qsteer.notify import Journal, Priority, Service, write_line
-from qsteer.plan import Wanted
 from qsteer.readings import Manner
 from qsteer.selection import Selection
 from qsteer.signals import Signals, Wake
@@ -77,7 +77,7 @@ class Worker(Protocol):
 
 def main_keep(
     selection: Selection,
-    wanted: Wanted,
+    wanted: Intent,
     manner: Manner,
     *,
     reread_s: float = 60.0,
@@ -86,8 +86,9 @@ def main_keep(
 ) -> int:
     """Keep the taps of a selection as wanted, until SIGTERM or SIGINT; they stay steered then.
 
-    ``reread_s`` is how often a guest is asked again that gives no signal, 0 for never; ``wanted.allow_pause`` lets that
-    stop the VM for a moment.  Gives the exit code.  Raises QsteerError where the host cannot be looked at.
+    ``reread_s`` is how often a guest is asked again that gives no signal, 0 for never; that may stop the VM for a
+    moment where ``wanted`` allows it.  SIGHUP reads the configuration again.  Gives the exit code.  Raises QsteerError
+    where the host cannot be looked at.
     """
     journal = Journal("keep", least=Priority.WARNING if quiet else Priority.INFO)
 
@@ -96,7 +97,7 @@ def main_keep(
         if json:
             write_line(_line_of_json(told), STDOUT)
 
-    keeper = Keeper(selection, wanted, manner, reread_s=reread_s, tell=tell, say=journal.say)
+    keeper = Keeper(selection, wanted, manner, reread_s=reread_s, reread=wanted.reload, tell=tell, say=journal.say)
     try:
         return _Loop(keeper, Service(), journal).run()
     finally:

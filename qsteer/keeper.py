@@ -76,6 +76,7 @@ _ACTS = frozenset({What.STEERED, What.PUT_BACK, What.CORRECTED, What.TAKEN_OFF, 
 class _Care:
     """One tap of one VM.  Times are those of the clock; ``ask`` is what to give to ``readings.complete``.
 
+    ``wanted`` is what was wanted of it last, None before it was tended.
     ``put`` is the program that keep attached last, ``lost`` qsteer's that is off and not back yet, and ``how`` it went;
     ``problem`` and ``unread`` are what was told last.
     ``spoken``: the guest did something since it was asked.
@@ -84,6 +85,7 @@ class _Care:
     tap: Tap
     who: Who
     memory: Memory = field(default_factory=Memory)
+    wanted: Wanted | None = None
     put: Attached | None = None
     lost: Attached | None = None
     how: str = ""
@@ -108,22 +110,25 @@ class _Care:
 class Keeper:
     """Keeps a selection of taps as wanted.
 
-    ``tell`` gets each event, ``say`` lines about no tap in particular.  ``clock`` gives seconds, as do all ``now``.
+    ``wanted`` is asked for each tap again and again, and may change its mind after ``reread``, which raises QsteerError
+    where it does not.  ``tell`` gets each event, ``say`` lines about no tap in particular.  ``clock`` gives seconds, as
+    do all ``now``.
     """
 
     def __init__(
         self,
         selection: Selection,
-        wanted: Wanted,
+        wanted: Callable[[Tap], Wanted],
         manner: Manner,
         *,
         reread_s: float,
+        reread: Callable[[], None],
         tell: Tell,
         say: Callable[[str, Priority], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._selection, self._wanted, self._reread_s = selection, wanted, reread_s
-        self._tell, self._say, self._clock = tell, say, clock
+        self._reread, self._tell, self._say, self._clock = reread, tell, say, clock
         self._cares: dict[Key, _Care] = {}
         self._before: dict[Key, Tap] | None = None
         self._untended: deque[Key] = deque()
@@ -222,7 +227,14 @@ class Keeper:
         return not self._untended
 
     def reload(self) -> None:
-        """Look at everything as if for the first time; what was attached and what the guests asked for stays known."""
+        """Look at everything as if for the first time; what was attached and what the guests asked for stays known.
+
+        But for taps of which something else is wanted now.
+        """
+        try:
+            self._reread()
+        except QsteerError as error:
+            self._say(f"the configuration stays as it was: {error}", Priority.WARNING)
         self._doubts = ()
         for key, care in self._cares.items():
             self._peace(key)
@@ -329,14 +341,19 @@ class Keeper:
             care.unseen = tap.program_id
             self._look_at = now
             return None
-        care.memory = upkeep.remember(care.memory, tap, self._wanted)
+        wanted = self._wanted(upkeep.known(care.memory, tap))
+        if care.wanted not in (None, wanted):
+            care.memory = upkeep.rewanted(care.memory)
+            care.spoken, care.ask_at = True, now
+        care.wanted = wanted
+        care.memory = upkeep.remember(care.memory, tap, wanted)
         if self._repairs_of(care).fighting(key, now):
             if not _is_ours(tap):
                 return None
             self._peace(key)
         if now < care.retry_at:
             return None
-        decision = upkeep.decide(care.memory, tap, self._wanted)
+        decision = upkeep.decide(care.memory, tap, wanted)
         care.ask = decision.ask
         if not decision.plan:
             if not decision.ask:

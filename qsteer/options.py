@@ -4,13 +4,19 @@
 import argparse
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from qsteer import ethtool, rss
 from qsteer.errors import UsageError, from_errno
 from qsteer.model import Source
-from qsteer.plan import Static, Wanted
+from qsteer.plan import Static
 from qsteer.readings import Manner
 from qsteer.selection import Selection
+from qsteer.settings import AUTO, Settings
+
+if TYPE_CHECKING:
+    from qsteer.intent import Intent
+    from qsteer.reach import Reach
 
 _REVISION = re.compile("[0-9a-f]{12}")
 
@@ -37,23 +43,44 @@ def _served_by(path: str | None) -> tuple[int, ...]:
     return () if path is None else (peer.server_of(path),)
 
 
-def wanted(options: argparse.Namespace) -> Wanted:
-    """What ``apply`` and ``keep`` are asked for.  Raises UsageError."""
+def one_vm(options: argparse.Namespace) -> "Reach":
+    """The VM that ``plug`` and ``unplug`` are about, and how to talk to it.  Raises QsteerError."""
+    from qsteer import reach
+
+    if options.qmp is not None:
+        return reach.at_socket(options.qmp)
+    return reach.of_process(options.pid) if options.pid is not None else reach.of_name(options.vm)
+
+
+def settings(options: argparse.Namespace) -> Settings:
+    """What the options of ``apply`` and ``keep`` say, over any configuration.  Raises UsageError."""
     given = static(options)
-    source = None if options.source == "auto" else Source(options.source)
-    if given and source not in (None, Source.STATIC):
+    source: Source | Literal["auto"] | None = None
+    if options.source is not None:
+        source = AUTO if options.source == AUTO else Source(options.source)
+    if given and source not in (None, AUTO, Source.STATIC):
         raise UsageError(f"--source {source} takes the guest's configuration, not one of yours")
-    if options.refresh and (given or source):
-        raise UsageError("--refresh keeps the configuration: no source and no configuration go with it")
-    return Wanted(
+    return Settings(
         source=Source.STATIC if given else source,
         static=given,
+        allow=options.allow,
         replace=options.replace,
         force=options.force,
+    )
+
+
+def intent(options: argparse.Namespace, given: Settings) -> "Intent":
+    """What ``apply`` and ``keep`` are asked for, by options over the configuration.  Raises UsageError."""
+    from qsteer.intent import Intent
+
+    if options.refresh and (given.static or given.source not in (None, AUTO) or options.save):
+        raise UsageError("--refresh keeps the configuration: no source, no configuration and no --save go with it")
+    return Intent(
+        given,
         if_absent=options.if_absent,
         expect=expected(options),
         refresh=options.refresh,
-        allow_pause=may_pause(options),
+        identify=options.save,
     )
 
 
@@ -72,7 +99,7 @@ def expected(options: argparse.Namespace) -> str | None:
 
 def may_pause(options: argparse.Namespace) -> bool:
     """Whether --allow names ``pause``."""
-    return "pause" in options.allow
+    return "pause" in (options.allow or ())
 
 
 def static(options: argparse.Namespace) -> Static:

@@ -120,6 +120,7 @@ class Wanted:
     """What ``apply`` was asked for.  ``source`` None is ``auto``.
 
     ``expect`` is the ``revision`` that the tap must have.  ``allow_pause`` lets a source stop the VM for a moment.
+    ``identify``: something else may be wanted once it is known which NIC this is, so QEMU is asked for that alone.
     """
 
     source: Source | None = None
@@ -130,6 +131,7 @@ class Wanted:
     expect: str | None = None
     refresh: bool = False
     allow_pause: bool = False
+    identify: bool = False
 
 
 def describe(program: ProgramInfo) -> str:

@@ -37,9 +37,13 @@ class Manner:
 def complete(tap: Tap, wanted: Wanted, manner: Manner) -> Tap:
     """The tap with all that ``plan_apply`` needs to know for what is wanted.
 
-    Raises QsteerError if a source that was named cannot be read, BusyError if one of several was busy and none
-    answered.
+    Where the NIC was not known, and what is wanted may depend on it, it is known then, and nothing else.  Raises
+    QsteerError if a source that was named cannot be read, BusyError if one of several was busy and none answered.
     """
+    if wanted.identify:
+        identified = _with_nic(tap, manner, with_mac=True, needed=True)
+        if identified.nic != tap.nic:
+            return identified
     if not wanted.static and wanted.source is not Source.STATIC:
         tap = _with_nic(tap, manner)
     sources = readings_wanted(tap, wanted)
@@ -116,8 +120,11 @@ def _guest_agent(tap: Tap, manner: Manner) -> Reading:
     return agent.read(path, process, tap.nic.mac, answer_s=manner.answer_s)
 
 
-def _with_nic(tap: Tap, manner: Manner, *, with_mac: bool = False) -> Tap:
-    """The NIC as QEMU knows it, where its command line does not say: one that was plugged in later, a default MAC."""
+def _with_nic(tap: Tap, manner: Manner, *, with_mac: bool = False, needed: bool = False) -> Tap:
+    """The NIC as QEMU knows it, where its command line does not say: one that was plugged in later, a default MAC.
+
+    ``needed``: a QEMU that is busy is a BusyError.
+    """
     if not tap.vm or (tap.nic and (tap.nic.mac or not with_mac)):
         return tap
     from qsteer import qmpvm
@@ -126,6 +133,8 @@ def _with_nic(tap: Tap, manner: Manner, *, with_mac: bool = False) -> Tap:
         vm = _over_qmp(tap, manner, lambda path, process: qmpvm.inspect(path, process, answer_s=manner.answer_s))
         found = qmpvm.nic_of(vm, tap)
     except QsteerError as error:
+        if needed and isinstance(error, BusyError):
+            raise
         return replace(tap, unread=(*tap.unread, f"its NIC: {error}"))
     # Where QEMU does not tell, its command line may; where that does not either, be sure to call nothing "software".
     vhost = found.vhost if found.vhost is not None else tap.nic.vhost if tap.nic else True

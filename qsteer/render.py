@@ -14,6 +14,8 @@ from qsteer.state import agrees, state
 
 if TYPE_CHECKING:
     from qsteer.clean import Item
+    from qsteer.config import Checked
+    from qsteer.saved import File
 
 Json = dict[str, object]
 
@@ -288,6 +290,41 @@ def clean_json(removed: "Sequence[Item]", kept: "Sequence[Item]", *, dry_run: bo
 
 def _item_json(item: "Item") -> Json:
     return {"path": str(item.path), "what": item.what, "why": item.why}
+
+
+def saved_text(file: "File", *, dry_run: bool) -> str:
+    """What ``apply --save`` adds for one tap; in a dry run the file itself."""
+    if not dry_run:
+        return f"  saved to {printable(str(file.path))}"
+    return f"  save to {printable(str(file.path))}:\n" + "\n".join(f"    {line}" for line in file.content.splitlines())
+
+
+def checked_text(files: "Sequence[Checked]") -> str:
+    """What ``config check`` prints of the files that are without a mistake."""
+    return "\n".join(f"{printable(one.file)}: ok, {_entries(one)}" for one in files if not one.mistakes)
+
+
+def _entries(one: "Checked") -> str:
+    counts = ((one.entries, "entry of NICs", "entries of NICs"), (one.rules, "rule of serve", "rules of serve"))
+    told = [f"{count} {single if count == 1 else plural}" for count, single, plural in counts if count]
+    return ", ".join(told) or "no entries"
+
+
+def checked_json(files: "Sequence[Checked]") -> Json:
+    """``qsteer.config/1``."""
+    return {
+        "schema": "qsteer.config/1",
+        "files": [
+            {
+                "file": one.file,
+                "ok": not one.mistakes,
+                "nic": one.entries,
+                "serve_allow": one.rules,
+                "mistakes": [{"line": it.line, "message": it.message, "hint": it.hint} for it in one.mistakes],
+            }
+            for one in files
+        ],
+    }
 
 
 def document(schema: str, taps: Sequence[Json], *, pretty: bool) -> str:

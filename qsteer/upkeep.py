@@ -18,6 +18,8 @@ it would have found by itself:
 - QEMU's own program follows the guest.  ``auto`` leaves it, once the tap is kept even with --replace, or the two would
   take turns.
 - A foreign program is ``plan_apply``'s to refuse, or to displace where that is wanted.
+- Where something else is wanted than before (the configuration was read again, the NIC became known), the tap is as at
+  first sight.
 """
 
 from dataclasses import dataclass, replace
@@ -96,10 +98,22 @@ def done(memory: Memory, plan: Plan, program_id: int) -> Memory:
     return replace(memory, settled=True, program_id=program_id, static=None)
 
 
+def known(memory: Memory, tap: Tap) -> Tap:
+    """The tap with its NIC as far as that was told: the command line may have none, or no MAC."""
+    return tap if memory.nic is None or (tap.nic and tap.nic.mac) else replace(tap, nic=memory.nic)
+
+
+def rewanted(memory: Memory) -> Memory:
+    """The memory once something else is wanted than before: the tap is as at first sight, but for its NIC."""
+    return Memory(nic=memory.nic)
+
+
 def decide(memory: Memory, tap: Tap, wanted: Wanted) -> Decision:
     """What to do about a tap that nobody holds off."""
     program = tap.program
-    tap = tap if tap.nic else replace(tap, nic=memory.nic)
+    tap = known(memory, tap)
+    if wanted.identify and not memory.asked:
+        return Decision(ask=(tap, wanted))
     explicit = wanted.source is not None
     if not program or program.kind is Kind.FOREIGN:
         return _restore(memory, tap, wanted)

@@ -6,13 +6,20 @@ import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qsteer import inventory, options, readings, render
 from qsteer.errors import PermissionDeniedError, QsteerError, UsageError, printable
 from qsteer.model import Inventory, Source, Tap
-from qsteer.plan import Plan, Wanted, plan_apply, plan_off
+from qsteer.plan import Plan, plan_apply, plan_off
 from qsteer.selection import select
 from qsteer.state import Agrees, agrees, broken
+
+if TYPE_CHECKING:
+    from qsteer.intent import Intent
+    from qsteer.saved import File
+    from qsteer.settings import Settings
 
 _Place = tuple[int, int, tuple[int, int] | None]
 
@@ -65,26 +72,63 @@ def show(given: argparse.Namespace) -> int:
 
 def apply(given: argparse.Namespace) -> int:
     """Steer what is selected."""
-    wanted = options.wanted(given)
+    settings = options.settings(given)
+    intent = options.intent(given, settings)
 
-    answers = _ask(given, wanted)
+    answers = _ask(given, intent)
 
     def make_plan(tap: Tap) -> Plan:
         answer = answers.get(_place(tap), tap)
         if isinstance(answer, QsteerError):
             raise answer
-        told = replace(tap, nic=tap.nic or answer.nic, reading=answer.reading, unread=answer.unread)
-        return plan_apply(told, wanted)
+        told = replace(tap, nic=answer.nic or tap.nic, reading=answer.reading, unread=answer.unread)
+        return plan_apply(told, intent(told))
 
-    return _change(given, "qsteer.apply/1", make_plan)
+    return _change(given, "qsteer.apply/1", make_plan, _Saving(settings, intent) if given.save else None)
 
 
-def _ask(given: argparse.Namespace, wanted: Wanted) -> dict[_Place, Tap | QsteerError]:
+class _Saving:
+    """What ``apply --save`` puts into the configuration."""
+
+    def __init__(self, given: "Settings", intent: "Intent") -> None:
+        self._given, self._intent = given, intent
+        self._saved: list[Tap] = []
+
+    def plan(self, tap: Tap) -> "File":
+        """What would be saved.  Raises QsteerError if that cannot be."""
+        from qsteer import saved
+
+        return saved.plan(tap, self._given, self._intent.settings(tap))
+
+    def write(self, tap: Tap, file: "File") -> None:
+        """Save it.  Raises QsteerError, which says that the tap is steered all the same."""
+        from qsteer import saved
+
+        try:
+            saved.write(file)
+        except QsteerError as error:
+            raise QsteerError(f'tap "{tap.name}" is steered, but {error}', hint=error.hint) from None
+        self._saved.append(tap)
+
+    def overridden(self) -> list[str]:
+        """The taps for which a file that is read later says otherwise.  Raises QsteerError."""
+        from qsteer.intent import Intent
+        from qsteer.settings import Settings, wanted
+
+        now = Intent(Settings())
+        meant = ((tap, wanted(self._intent.settings(tap))) for tap in self._saved)
+        return [tap.name for tap, what in meant if wanted(now.settings(tap)) != what]
+
+
+def _ask(given: argparse.Namespace, intent: "Intent") -> dict[_Place, Tap | QsteerError]:
     """What the guests say, or why they do not: a guest that takes its time must not keep others from the lock."""
     answers: dict[_Place, Tap | QsteerError] = {}
     for tap in select(inventory.fetch(strict=True), options.selection(given, required=True)):
         try:
-            answers[_place(tap)] = readings.complete(tap, wanted, options.manner(given))
+            answer = readings.complete(tap, (wanted := intent(tap)), options.manner(given))
+            if wanted.identify and answer.nic != tap.nic:
+                answer = readings.complete(answer, intent(answer), options.manner(given))
+            answers[_place(tap)] = answer
         except QsteerError as error:
             answers[_place(tap)] = error
     return answers
@@ -114,8 +158,10 @@ def _look(given: argparse.Namespace, *, strict: bool) -> Inventory:
     return selection.narrow(found)
 
 
-def _change(given: argparse.Namespace, schema: str, make_plan: Callable[[Tap], Plan]) -> int:
-    """Fetch, compute, execute.  With several taps one that is refused does not stop the others."""
+def _change(
+    given: argparse.Namespace, schema: str, make_plan: Callable[[Tap], Plan], saving: _Saving | None = None
+) -> int:
+    """Fetch, compute, execute, save.  With several taps one that is refused does not stop the others."""
     from qsteer import execute, holds
 
     selection = options.selection(given, required=True)
@@ -128,21 +174,56 @@ def _change(given: argparse.Namespace, schema: str, make_plan: Callable[[Tap], P
         for tap in taps:
             try:
                 plan = make_plan(tap)
+                file = saving.plan(plan.tap) if saving else None
                 program_id = None if given.dry_run else execute.execute(plan)
             except QsteerError as error:
                 if len(taps) == 1:
                     raise
-                failures.append(error)
-                hint = f" (hint: {error.hint})" if error.hint else ""
-                print(printable(f"qsteer: {error}{hint}"), file=sys.stderr)
+                failures.append(_tell(error))
                 continue
-            documents.append(render.plan_json(plan, program_id))
+            document = render.plan_json(plan, program_id)
+            text = render.plan_text(plan) if program_id is None else render.done_text(plan, program_id)
+            if saving and file:
+                try:
+                    if not given.dry_run:
+                        saving.write(plan.tap, file)
+                    document["save"] = {"file": str(file.path), "content": file.content}
+                    text += "\n" + render.saved_text(file, dry_run=given.dry_run)
+                except QsteerError as error:
+                    failures.append(_tell(error))
+            documents.append(document)
             if not given.json:
-                text = render.plan_text(plan) if program_id is None else render.done_text(plan, program_id)
                 _print(given, text)
+    for name in saving.overridden() if saving else ():
+        why = "a file that is read later says otherwise: see qsteer config check"
+        print(printable(f'qsteer: tap "{name}": what was saved does not count, {why}'), file=sys.stderr)
     if given.json:
         print(render.document(schema, documents, pretty=given.pretty))
     return failures[0].exit_code if failures else 0
+
+
+def _tell(error: QsteerError) -> QsteerError:
+    hint = f" (hint: {error.hint})" if error.hint else ""
+    print(printable(f"qsteer: {error}{hint}"), file=sys.stderr)
+    return error
+
+
+def config_check(given: argparse.Namespace) -> int:
+    """Every mistake in the configuration, or in files."""
+    from qsteer import config
+
+    checked = config.check(given.file)
+    if given.json:
+        print(render.json_text(render.checked_json(checked), pretty=given.pretty))
+    else:
+        none = f"no configuration in {printable(str(config.directory()))}"
+        if text := render.checked_text(checked) if checked else none:
+            _print(given, text)
+    mistakes = [mistake for one in checked for mistake in one.mistakes]
+    for mistake in mistakes:
+        hint = f" (hint: {mistake.hint})" if mistake.hint else ""
+        print(printable(f"qsteer: {mistake}{hint}"), file=sys.stderr)
+    return UsageError.exit_code if mistakes else 0
 
 
 def clean(given: argparse.Namespace) -> int:
@@ -167,7 +248,7 @@ def keep(given: argparse.Namespace) -> int:
 
     return daemon.main_keep(
         options.selection(given, required=True),
-        options.wanted(given),
+        options.intent(given, options.settings(given)),
         replace(options.manner(given), turn_s=0.0),
         reread_s=given.reread,
         json=given.json,
@@ -199,6 +280,7 @@ def run(given: argparse.Namespace) -> int:
         user=given.user,
         dry_run=given.dry_run,
         quiet=given.quiet,
+        service=given.service,
         command=argv,
     )
     if given.json:
@@ -206,6 +288,41 @@ def run(given: argparse.Namespace) -> int:
     else:
         _print(given, str(rehearsal))
     return 0
+
+
+def plug(given: argparse.Namespace) -> int:
+    """Plug a NIC into a VM that runs."""
+    from qsteer import plug as plugging
+
+    if len(given.tap) > 1:
+        raise UsageError("plug takes one --tap", hint="run it again for another NIC")
+    vm = options.one_vm(given)
+    done = plugging.plug(vm, given.tap[0], bus=given.bus, dry_run=given.dry_run, service=given.service)
+    if given.json:
+        print(render.json_text(done.json(), pretty=given.pretty))
+    else:
+        _print(given, str(done))
+    return 0
+
+
+def unplug(given: argparse.Namespace) -> int:
+    """Take a NIC off a VM that runs."""
+    from qsteer import unplug as unplugging
+
+    done = unplugging.unplug(options.one_vm(given), given.nic, timeout_s=given.timeout, dry_run=given.dry_run)
+    if given.json:
+        print(render.json_text(done.json(), pretty=given.pretty))
+    else:
+        _print(given, str(done))
+    return 0
+
+
+def serve(given: argparse.Namespace) -> int:
+    """Hand out taps and programs, until a signal ends it."""
+    from qsteer import config
+    from qsteer.serve import main
+
+    return main(path=Path(given.socket) if given.socket else None, load=config.load, quiet=given.quiet)
 
 
 def _print(given: argparse.Namespace, text: str) -> None:

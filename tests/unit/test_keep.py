@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from qsteer import execute, holds, inventory, keeper, programs, readings
+from qsteer import config, execute, holds, inventory, keeper, programs, readings, settings
 from qsteer import keep as daemon
 from qsteer.asking import Askers
 from qsteer.errors import BusyError, ConflictError, NotFoundError, PermissionDeniedError, QsteerError
+from qsteer.intent import Intent
 from qsteer.keeper import Keeper
 from qsteer.model import Inventory, Kind, MapsContent, Reading, Source, Tap
 from qsteer.notify import Journal, Priority, Service, write_line
@@ -293,13 +294,16 @@ class Kept:
     def __init__(self, host: Host, guests: Guests, selection: Selection, wanted: Wanted, reread_s: float) -> None:
         self.host = host
         self.guests = guests
+        self.wanted = wanted
+        self.reread: Callable[[], None] = lambda: None
         self.told: list[tuple[Event, Priority]] = []
         self.said: list[str] = []
         self.keeper = Keeper(
             selection,
-            wanted,
+            lambda tap: self.wanted,
             readings.Manner(),
             reread_s=reread_s,
+            reread=lambda: self.reread(),
             tell=lambda event, priority: self.told.append((event, priority)),
             say=lambda line, _: self.said.append(line),
             clock=lambda: self.host.now,
@@ -842,6 +846,86 @@ def test_sighup_makes_it_look_at_everything_anew(keep: Make) -> None:
     assert "steered" in kept.settle()[0]
 
 
+def static(*table: int) -> Wanted:
+    return Wanted(source=Source.STATIC, static=Static(table=table))
+
+
+def table_of(kept: Kept) -> tuple[int, ...] | None:
+    found = kept.host.taps["vnet0"].content
+    return found.config.table if found and found.config else None
+
+
+def test_another_wish_after_a_reload_is_obeyed(keep: Make) -> None:
+    kept = keep(tap(), wanted=static(0, 1))
+    kept.settle()
+    first = kept.host.taps["vnet0"].content
+    kept.reread = lambda: setattr(kept, "wanted", static(3, 2))
+    kept.keeper.reload()
+    assert kept.settle() == [f"{WHO}program 101 -> 102: steered, source static"]
+    second = kept.host.taps["vnet0"].content
+    assert first and first.config and second and second.config
+    assert (second.config.table, second.config.key) == ((3, 2), first.config.key)
+    kept.host.take_off()
+    kept.settle()
+    assert kept.host.taps["vnet0"].content == second
+    # To have no wish any more leaves it as it is.
+    kept.reread = lambda: setattr(kept, "wanted", AUTO)
+    kept.keeper.reload()
+    assert kept.settle() == [] and table_of(kept) == (3, 2)
+
+
+def test_the_same_wish_after_a_reload_leaves_what_was_applied(keep: Make) -> None:
+    kept = keep(tap(), wanted=static(0, 1))
+    kept.settle()
+    applied = replace(CONFIG, table=(1, 1))
+    kept.host.set("vnet0", program=replace(OWN_STATIC, id=77), content=content(config=applied))
+    kept.settle()
+    kept.keeper.reload()
+    assert kept.settle() == [] and table_of(kept) == (1, 1)
+
+
+def test_a_wish_that_cannot_be_read_again_stays(keep: Make) -> None:
+    def broken() -> None:
+        raise QsteerError("qsteer.toml:1: nonsense")
+
+    kept = keep(tap(), wanted=static(0, 1))
+    kept.settle()
+    kept.reread = broken
+    kept.keeper.reload()
+    assert kept.settle() == [] and table_of(kept) == (0, 1)
+    assert kept.said == ["the configuration stays as it was: qsteer.toml:1: nonsense"]
+
+
+def test_what_is_wanted_may_depend_on_the_nic_that_qemu_tells(keep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is done before that is known, nor is the guest asked."""
+    asked: list[Wanted] = []
+
+    def complete(tap: Tap, wanted: Wanted, manner: readings.Manner) -> Tap:
+        asked.append(wanted)
+        if len(asked) == 1:
+            raise BusyError("not yet")
+        return replace(tap, nic=RSS_VHOST_NIC, reading=None if wanted.identify else ASKED)
+
+    unknown = replace(static(0, 1), identify=True)
+    kept = keep(tap(nic=None))
+    monkeypatch.setattr(readings, "complete", complete)
+    kept.keeper._wanted = lambda tap: PAUSE if tap.nic else unknown
+    kept.settle()
+    for _ in range(20):
+        kept.host.now += 0.5
+        kept.settle()
+    assert asked[:3] == [unknown, unknown, PAUSE]
+    (plan,) = kept.host.executed
+    assert [step.source for step in plan.steps if isinstance(step, Attach)] == [Source.DEVICE_STATE]
+
+
+def test_a_tap_whose_nic_matters_is_not_left_as_it_is_before_that_is_known() -> None:
+    wanted = Wanted(identify=True)
+    for seen in (tap(program=OWN_STATIC, nic=None), tap(program=OWN_STATIC)):
+        assert decide(Memory(), seen, wanted).ask == (seen, wanted)
+        assert decide(Memory(asked=True, settled=True), seen, wanted).ask is None
+
+
 def test_the_same_name_twice(keep: Make) -> None:
     kept = keep(tap(), selection=Selection(vms=("web1",)))
     kept.settle()
@@ -985,7 +1069,9 @@ def service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
 
 def run_keep(monkeypatch: pytest.MonkeyPatch, script: Script, *, json: bool = False, quiet: bool = False) -> int:
     monkeypatch.setattr(daemon, "Signals", script)
-    return daemon.main_keep(Selection(vms=("web1",)), AUTO, readings.Manner(), json=json, quiet=quiet)
+    monkeypatch.setenv(config.VARIABLE, "/nonexistent")
+    wanted = Intent(settings.Settings())
+    return daemon.main_keep(Selection(vms=("web1",)), wanted, readings.Manner(), json=json, quiet=quiet)
 
 
 def test_what_keep_does_itself_is_no_state_to_compare_with(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

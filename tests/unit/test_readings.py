@@ -17,6 +17,20 @@ AGENT = Reading(source=Source.GUEST_AGENT, config=CONFIG)
 PAUSE = Wanted(allow_pause=True)
 
 
+TOLD = qmpvm.QmpNic(
+    path="/machine/peripheral/nic1",
+    driver="virtio-net-pci",
+    id="nic1",
+    netdev="net1",
+    mac="52:54:00:00:00:02",
+    rss=True,
+    mq=True,
+    device=None,
+    backend=None,
+    vhost=None,
+)
+
+
 def vm(*arguments: str) -> Process:
     return replace(process(), args=qemuargs.parse(("qemu-system-x86_64", "-name", "web1", *arguments)))
 
@@ -118,20 +132,8 @@ def test_nobody_is_asked_what_need_not_be_known(asked: list[str]) -> None:
 
 
 def test_a_nic_that_was_plugged_in_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = qmpvm.QmpNic(
-        path="/machine/peripheral/nic1",
-        driver="virtio-net-pci",
-        id="nic1",
-        netdev="net1",
-        mac="52:54:00:00:00:02",
-        rss=True,
-        mq=True,
-        device=None,
-        backend=None,
-        vhost=None,
-    )
     monkeypatch.setattr(qmpvm, "inspect", lambda *_, **__: None)
-    monkeypatch.setattr(qmpvm, "nic_of", lambda vm, tap: told)
+    monkeypatch.setattr(qmpvm, "nic_of", lambda vm, tap: TOLD)
     found = readings.complete(replace(ASKABLE, nic=None), Wanted(source=Source.SHARED_MAPS), readings.Manner())
     assert found.nic == Nic(id="nic1", netdev="net1", mac="52:54:00:00:00:02", rss=True, vhost=True)
     monkeypatch.setattr(qmpvm, "nic_of", fail)
@@ -139,7 +141,27 @@ def test_a_nic_that_was_plugged_in_later(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.nic is None and "which of them" in found.unread[0]
 
 
-def fail(*_: object) -> None:
+def test_where_it_matters_the_nic_is_found_out_before_anything_is_asked(
+    monkeypatch: pytest.MonkeyPatch, asked: list[str]
+) -> None:
+    """What is wanted may be something else then: no pause that the NIC's own settings do not allow."""
+    identify = Wanted(source=Source.DEVICE_STATE, allow_pause=True, identify=True)
+    unknown = replace(ASKABLE, nic=None)
+    monkeypatch.setattr(savestate, "reading", fail)
+    with pytest.raises(BusyError):
+        readings.complete(unknown, identify, readings.Manner())
+    monkeypatch.setattr(qmpvm, "inspect", lambda *_, **__: None)
+    monkeypatch.setattr(qmpvm, "nic_of", lambda vm, tap: TOLD)
+    for one in (unknown, replace(ASKABLE, nic=replace(RSS_VHOST_NIC, mac=None))):
+        found = readings.complete(one, identify, readings.Manner())
+        assert found.nic and found.nic.mac == "52:54:00:00:00:02" and found.reading is None
+    # Where it stays unknown, what is known has to do.
+    monkeypatch.setattr(qmpvm, "nic_of", fail)
+    monkeypatch.setattr(savestate, "reading", answers(STATE))
+    assert readings.complete(unknown, identify, readings.Manner()).reading is STATE
+
+
+def fail(*_: object, **__: object) -> None:
     raise NotFoundError("QEMU does not tell which of them")
 
 
