@@ -56,6 +56,9 @@ int qs_tap_open(char name[16], int exclusive, int *fd)
 	memcpy(ifr.ifr_name, name, sizeof(ifr.ifr_name) - 1);
 	if (ioctl(tun, TUNSETIFF, &ifr) < 0)
 		return -errno;
+	/* Without an owner, whoever can open /dev/net/tun (mode 0666, mostly) may add queues. */
+	if (exclusive && ioctl(tun, TUNSETOWNER, (unsigned long)geteuid()) < 0)
+		return -errno;
 	memcpy(name, ifr.ifr_name, sizeof(ifr.ifr_name));
 	*fd = qs_take(&tun);
 	return 0;
@@ -68,6 +71,16 @@ int qs_tap_name(int fd, char name[16])
 	if (ioctl(fd, TUNGETIFF, &ifr) < 0)
 		return -errno;
 	memcpy(name, ifr.ifr_name, sizeof(ifr.ifr_name));
+	return 0;
+}
+
+int qs_tap_flags(int fd, __u32 *flags)
+{
+	struct ifreq ifr = {};
+
+	if (ioctl(fd, TUNGETIFF, &ifr) < 0)
+		return -errno;
+	*flags = (__u16)ifr.ifr_flags;
 	return 0;
 }
 
@@ -170,6 +183,29 @@ int qs_capabilities_drop(void)
 	if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0)
 		return -errno;
 	return qs_result(syscall(SYS_capset, &header, none));
+}
+
+int qs_capabilities_limit(uint64_t keep)
+{
+	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = {};
+
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 ||
+	    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0)
+		return -errno;
+	/* Without CAP_SETPCAP the bounding set stays: it is for programs that are executed. */
+	for (int number = 0; prctl(PR_CAPBSET_READ, number, 0, 0, 0) >= 0; number++)
+		if (!(keep >> number & 1) && prctl(PR_CAPBSET_DROP, number, 0, 0, 0) < 0 &&
+		    errno != EPERM)
+			return -errno;
+	if (syscall(SYS_capget, &header, data) < 0)
+		return -errno;
+	for (int i = 0; i < _LINUX_CAPABILITY_U32S_3; i++) {
+		data[i].permitted &= (__u32)(keep >> 32 * i);
+		data[i].effective &= data[i].permitted;
+		data[i].inheritable = 0;
+	}
+	return qs_result(syscall(SYS_capset, &header, data));
 }
 
 int qs_capabilities_effective(uint64_t *set)

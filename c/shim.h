@@ -23,6 +23,8 @@
 int qs_tap_open(char name[16], int exclusive, int *fd);
 /* The device that a queue fd belongs to; -EBADFD when it belongs to none. */
 int qs_tap_name(int fd, char name[16]);
+/* IFF_TAP, IFF_MULTI_QUEUE and so on of the device that a queue fd belongs to. */
+int qs_tap_flags(int fd, __u32 *flags);
 /* Attach a steering program to the fd's device. */
 int qs_steering_attach(int fd, int prog_fd);
 /* Take any steering program off the fd's device. */
@@ -42,6 +44,11 @@ int qs_fds_send(int sock, const int *fds, size_t count);
 int qs_fds_receive(int sock, int *fds, size_t count);
 /* Empty the ambient, inheritable, permitted and effective capability sets of this process. */
 int qs_capabilities_drop(void);
+/*
+ * Keep no capability of this process but those of a mask, bit n for CAP number n, and let none come
+ * back through a program that is executed.
+ */
+int qs_capabilities_limit(uint64_t keep);
 /* The effective capability set, bit n for CAP number n. */
 int qs_capabilities_effective(uint64_t *set);
 /* The process that holds a write lock of fcntl(2) on any of a file, 0 for none; fd is open for reading. */

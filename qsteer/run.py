@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qsteer import procs, qemuargs, qmp, ready, runplan, shim
 from qsteer.errors import PermissionDeniedError, QsteerError, UsageError, from_errno
+from qsteer.provider import Provider, provider
 from qsteer.render import columns
 from qsteer.runplan import Nic, NicHandles, RunPlan
 
@@ -65,15 +66,17 @@ def run(
     dry_run: bool,
     command: Sequence[str],
     quiet: bool = False,
+    service: str | None = None,
 ) -> Rehearsal:
     """Start QEMU with NICs that are steered.  Returns only from a dry run; otherwise this process becomes QEMU.
 
-    ``taps`` are the values of --tap, ``command`` is QEMU's argv, ``user`` None where --user is not given.  Raises
-    QsteerError.
+    ``taps`` are the values of --tap, ``command`` is QEMU's argv, ``user`` None where --user is not given, and
+    ``service`` where --service is not.  Raises QsteerError.
     """
-    from qsteer import links
+    from qsteer import config, links
 
-    specs = runplan.parse_taps(taps)
+    args = qemuargs.parse(command)
+    specs = runplan.parse_taps(taps, config.load(), vm or args.name)
     if not specs:
         raise UsageError("run wants a --tap", hint="such as --tap id=net0,queues=4")
     if not command:
@@ -89,8 +92,9 @@ def run(
                 f'the name "{spec.ifname}" is in use by another network device', hint="choose another ifname="
             )
 
-    probe = qmp.probe(binary, drivers=runplan.drivers_of(qemuargs.parse(command)), become=lambda: _become(identity))
-    plan = runplan.make_plan(specs=specs, command=command, probe=probe, vm=vm, vhost_available=ready.has_vhost())
+    maker = provider(service)
+    probe = qmp.probe(binary, drivers=runplan.drivers_of(args), become=lambda: _become(identity))
+    plan = runplan.make_plan(specs=specs, command=command, probe=probe, vm=vm, vhost_available=maker.has_vhost)
     # Anybody may give a process of their own any name: only root and the VM's user can be in the way.
     users = (0, identity.uid if identity else os.geteuid())
     for process in procs.running_qemus() if plan.vm else ():
@@ -104,15 +108,17 @@ def run(
         nameless = "the VM has no name: a MAC is made of the tap's, and may be another one next time; see --vm"
         plan = replace(plan, notes=(*plan.notes, nameless))
     if not dry_run:
-        _execute(plan, binary, identity, quiet=quiet)
-    return _rehearse(plan, identity, bridges)
+        _execute(plan, maker, binary, identity, quiet=quiet)
+    for order in runplan.orders(plan):
+        maker.check(order)
+    return _rehearse(plan, maker, identity, bridges)
 
 
-def _execute(plan: RunPlan, binary: str, identity: Identity | None, *, quiet: bool) -> NoReturn:
+def _execute(plan: RunPlan, maker: Provider, binary: str, identity: Identity | None, *, quiet: bool) -> NoReturn:
     with contextlib.ExitStack() as stack:
         taps: list[ready.ReadyTap] = []
         for order in runplan.orders(plan):
-            taps.append(ready.make(order))
+            taps.append(maker.make(order))
             stack.callback(taps[-1].close)
         if not quiet:
             rows = [HEADINGS, *(row(nic, tap) for nic, tap in zip(plan.nics, taps, strict=True))]
@@ -201,27 +207,16 @@ def _who(identity: Identity | None) -> str:
     return f"{name} (uid {uid}), without capabilities"
 
 
-def _rehearse(plan: RunPlan, identity: Identity | None, bridges: Mapping[str, "Link"]) -> Rehearsal:
-    steps: list[str] = []
+def _rehearse(plan: RunPlan, maker: Provider, identity: Identity | None, bridges: Mapping[str, "Link"]) -> Rehearsal:
+    steps = [f"ask {maker.name} for what follows"] if maker.name else []
     handles: list[NicHandles] = []
     for nic in plan.nics:
         spec = nic.spec
-        tap = f"tap {spec.ifname}" if spec.ifname else f"the tap of {spec.id}"
         named_by = plan.vm or spec.ifname
         mac = nic.mac or (
             runplan.stable_mac(named_by, spec.id, ready.machine_id()) if named_by else "52:xx:xx:xx:xx:xx"
         )
-        steps.append(f"open {tap} with {spec.queues} queue{'s' * (spec.queues > 1)}")
-        if spec.bridge:
-            steps.append(
-                f"add {tap} to bridge {spec.bridge}, MTU {spec.mtu or bridges[spec.bridge].mtu}, and set it up"
-            )
-        else:
-            steps.append(f"set {tap} up" if spec.mtu is None else f"set {tap} up, MTU {spec.mtu}")
-        if nic.steered:
-            steps.append(f"load a steering program for {tap}")
-        if nic.vhost:
-            steps.append(f"open {ready.VHOST_NET} {spec.queues} times")
+        steps += runplan.tap_steps(nic, bridge_mtu=bridges[spec.bridge].mtu if spec.bridge else None)
         handles.append(
             NicHandles(
                 queue_fds=tuple(f"{spec.id}-queue{index}" for index in range(spec.queues)),

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from qsteer import qemuargs
 from qsteer.errors import UnsupportedError, UsageError
 from qsteer.qemuargs import Device, QemuArgs
+from qsteer.settings import Config, Settings
 
 if TYPE_CHECKING:
     from qsteer.qmp import QemuProbe
@@ -41,6 +42,8 @@ CCW_DRIVER = "virtio-net-ccw"
 _DRIVER_ALIAS = "virtio-net"
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
+NOTHING_SET = Config()
+
 _TAP_KEYS = ("id", "queues", "ifname", "bridge", "mac", "mtu", "vhost", "rss")
 # QEMU 10.1 stopped loading a steering program where vhost is on, and attaches none that it is passed there.
 _VHOST_IGNORES_PROGRAM = (10, 1)
@@ -135,9 +138,9 @@ class NicHandles:
     mac: str
 
 
-def parse_taps(texts: Sequence[str]) -> tuple[TapSpec, ...]:
-    """The --tap options together.  Raises UsageError."""
-    specs = tuple(parse_tap(text) for text in texts)
+def parse_taps(texts: Sequence[str], config: Config = NOTHING_SET, vm: str | None = None) -> tuple[TapSpec, ...]:
+    """The --tap options of a VM together, over what is configured for it.  Raises UsageError."""
+    specs = tuple(parse_tap(text, config, vm) for text in texts)
     for what in ("id", "ifname", "mac"):
         values = [value for spec in specs if (value := getattr(spec, what))]
         for value in values:
@@ -146,18 +149,20 @@ def parse_taps(texts: Sequence[str]) -> tuple[TapSpec, ...]:
     return specs
 
 
-def parse_tap(text: str) -> TapSpec:
+def parse_tap(text: str, config: Config = NOTHING_SET, vm: str | None = None) -> TapSpec:
     """``id=net0,queues=4[,...]``.  Raises UsageError, which names the option and what it may be."""
     given: dict[str, str] = {}
     for part in text.split(","):
         key, equals, value = part.partition("=")
         if key not in _TAP_KEYS:
             raise UsageError(f'--tap {text}: unknown "{key}"', hint=f"it takes {', '.join(_TAP_KEYS)}")
-        if not equals or not value:
+        # No bridge, whatever is configured.
+        if not equals or not (value or key == "bridge"):
             raise UsageError(f"--tap {text}: {key}= wants a value")
         if key in given:
             raise UsageError(f"--tap {text}: {key}= is given twice")
         given[key] = value
+    given = _configured(given, config, vm) | given
     for key in ("id", "queues"):
         if key not in given:
             raise UsageError(f"--tap {text}: {key}= is missing", hint="such as --tap id=net0,queues=4")
@@ -165,8 +170,8 @@ def parse_tap(text: str) -> TapSpec:
         return TapSpec(
             id=_identifier(given["id"]),
             queues=_number("queues", given["queues"], 1, QUEUES_MAX),
-            ifname=_device_name("ifname", given["ifname"]) if "ifname" in given else "",
-            bridge=_device_name("bridge", given["bridge"]) if "bridge" in given else "",
+            ifname=device_name("ifname", given["ifname"]) if "ifname" in given else "",
+            bridge=device_name("bridge", given["bridge"]) if given.get("bridge") else "",
             mac=_mac(given["mac"]) if "mac" in given else None,
             mtu=_number("mtu", given["mtu"], MTU_MIN, MTU_MAX) if "mtu" in given else None,
             vhost=Vhost(_choice("vhost", given.get("vhost", "auto"), tuple(Vhost))),
@@ -174,6 +179,19 @@ def parse_tap(text: str) -> TapSpec:
         )
     except UsageError as error:
         raise UsageError(f"--tap {text}: {error.message}", hint=error.hint) from None
+
+
+def _configured(given: Mapping[str, str], config: Config, vm: str | None) -> dict[str, str]:
+    """What is configured for a tap, as --tap would say it.  Which bridge it joins may be configured, too."""
+
+    def settings(bridge: str | None) -> Settings:
+        nics = [given["id"]] if "id" in given else []
+        return config.settings(vm=vm, nics=nics, mac=given.get("mac"), dev=given.get("ifname"), bridge=bridge)
+
+    bridge = given.get("bridge", settings(None).bridge)
+    said = settings(bridge or None)
+    values = {"queues": said.queues, "bridge": bridge, "mtu": said.mtu, "vhost": said.vhost, "rss": said.rss}
+    return {key: str(value) for key, value in values.items() if value is not None}
 
 
 def drivers_of(args: QemuArgs) -> tuple[str, ...]:
@@ -248,6 +266,22 @@ def stable_mac(vm: str, nic_id: str, machine_id: str) -> str:
     digest = hashlib.sha256("\0".join((vm, nic_id, machine_id)).encode("utf-8", "surrogateescape")).digest()
     # Locally administered, unicast; all of the rest is hash, so that a thousand NICs hardly ever collide.
     return f"52:{digest[:5].hex(':')}"
+
+
+def tap_steps(nic: Nic, *, bridge_mtu: int | None) -> tuple[str, ...]:
+    """What making a NIC's tap ready takes, in words; ``bridge_mtu`` is that of its bridge, if it joins one."""
+    spec = nic.spec
+    tap = f"tap {spec.ifname}" if spec.ifname else f"the tap of {spec.id}"
+    steps = [f"open {tap} with {spec.queues} queue{'s' * (spec.queues > 1)}"]
+    if spec.bridge:
+        steps.append(f"add {tap} to bridge {spec.bridge}, MTU {spec.mtu or bridge_mtu}, and set it up")
+    else:
+        steps.append(f"set {tap} up" + (f", MTU {spec.mtu}" if spec.mtu else ""))
+    if nic.steered:
+        steps.append(f"load a steering program for {tap}")
+    if nic.vhost:
+        steps.append(f"open /dev/vhost-net {spec.queues} times")
+    return tuple(steps)
 
 
 def plan_nic(
@@ -416,8 +450,8 @@ def _identifier(text: str) -> str:
     return text
 
 
-def _device_name(key: str, text: str) -> str:
-    """A network device's name by the kernel's rule; a % would make the kernel number it."""
+def device_name(key: str, text: str) -> str:
+    """A network device's name by the kernel's rule; a % would make the kernel number it.  Raises UsageError."""
     if text in (".", "..") or not text.isprintable() or any(character in "/:% " for character in text):
         raise UsageError(f'{key}="{text}" is not a network device name')
     if len(text.encode("utf-8")) > 15:

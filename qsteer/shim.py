@@ -28,7 +28,7 @@ def check_bpf(result: int, message: str, hint: str = "") -> None:
         log.debug("libbpf: %s", line)
     if result >= 0:
         return
-    if result == -errno.EPERM or (result == -errno.EACCES and not _has_capability(lib.CAP_PERFMON)):
+    if result == -errno.EPERM or (result == -errno.EACCES and not has_capability(lib.CAP_PERFMON)):
         raise PermissionDeniedError(message, errno=-result, hint=_missing_capabilities())
     if "failed to find valid kernel BTF" in said:
         raise UnsupportedError(message, errno=errno.EOPNOTSUPP, hint="it takes a kernel with BTF, and sysfs")
@@ -40,16 +40,17 @@ def check_bpf(result: int, message: str, hint: str = "") -> None:
     check(result, message, hint)
 
 
-def _has_capability(number: int) -> bool:
+def has_capability(number: int) -> bool:
+    """Whether a capability is in the effective set."""
     return bool(effective_capabilities() >> number & 1)
 
 
 def _missing_capabilities() -> str:
     wanted = {"CAP_BPF": lib.CAP_BPF, "CAP_PERFMON": lib.CAP_PERFMON}
-    missing = [name for name, number in wanted.items() if not _has_capability(number)]
+    missing = [name for name, number in wanted.items() if not has_capability(number)]
     if missing:
         return f"this process lacks {' and '.join(missing)}; try sudo"
-    if not _has_capability(lib.CAP_SYS_ADMIN):
+    if not has_capability(lib.CAP_SYS_ADMIN):
         return "this process lacks CAP_SYS_ADMIN, which it takes where tun is a module; try sudo"
     return "a security module or a container withholds the right"
 
@@ -83,3 +84,8 @@ def effective_capabilities() -> int:
 def drop_capabilities() -> None:
     """Empty the ambient, inheritable, permitted and effective sets.  Raises QsteerError."""
     check(lib.qs_capabilities_drop(), "cannot give up capabilities")
+
+
+def limit_capabilities(*keep: int) -> None:
+    """Give up all capabilities but these, for good: no program that is executed gets one back.  Raises QsteerError."""
+    check(lib.qs_capabilities_limit(sum(1 << number for number in keep)), "cannot give up capabilities")

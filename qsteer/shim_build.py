@@ -30,6 +30,7 @@ ffi.cdef("""
 #define CAP_PERFMON ...
 #define CAP_BPF ...
 #define CAP_SYS_ADMIN ...
+#define SO_PEERGROUPS ...
 
 struct qs_rss_config {
     uint8_t redirect;
@@ -88,6 +89,7 @@ static const uint64_t qs_magic;
 
 int qs_tap_open(char name[16], int exclusive, int *fd);
 int qs_tap_name(int fd, char name[16]);
+int qs_tap_flags(int fd, uint32_t *flags);
 int qs_steering_attach(int fd, int prog_fd);
 int qs_steering_detach(int fd);
 int qs_pidfd_getfd(int pidfd, int target, int *fd);
@@ -95,6 +97,7 @@ int qs_netns_enter(int netns_fd);
 int qs_fds_send(int sock, const int *fds, size_t count);
 int qs_fds_receive(int sock, int *fds, size_t count);
 int qs_capabilities_drop(void);
+int qs_capabilities_limit(uint64_t keep);
 int qs_capabilities_effective(uint64_t *set);
 int qs_lock_writer(int fd, int *pid);
 int qs_bpffs_mount(const char *path);
@@ -145,6 +148,7 @@ ffi.set_source(
     #include <linux/capability.h>
     #include <linux/if.h>
     #include <linux/if_tun.h>
+    #include <sys/socket.h>
     #include "hints.h"
     #include "shim.h"
     #include "stub.h"

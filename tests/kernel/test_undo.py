@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from qsteer import execute, holds, inventory, kernel, links, programs, run, runplan, shim
+from qsteer import execute, holds, inventory, kernel, links, programs, provider, run, runplan, shim
 from qsteer.errors import QsteerError
 from qsteer.model import Build, MapsContent, Source, Tap
 from qsteer.plan import Attach, AttachHeld, Detach, Plan, PutHold, RefillBody, Refresh, RemoveHold, Step
@@ -406,7 +406,7 @@ def test_run_with_each_call_failing_in_turn(namespace: str, monkeypatch: pytest.
 
         monkeypatch.setattr(links, "configure", may_fail)
         with pytest.raises((QsteerError, BecameQemuError)), fault.injected():
-            run._execute(wanted, "/usr/bin/qemu", None, quiet=True)
+            run._execute(wanted, provider.provider(None), "/usr/bin/qemu", None, quiet=True)
         assert (set(os.listdir("/proc/self/fd")), private.pins()) == before, f"after {fault.hit}"  # noqa: PTH208
         assert not any(links.find(name) for name in names), fault.hit
         support.wait_until(

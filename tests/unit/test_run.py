@@ -24,6 +24,7 @@ from qsteer.errors import (
 from qsteer.model import Build, Process, Source
 from qsteer.qmp import QemuProbe
 from qsteer.runplan import NicHandles, Rss, TapSpec, Vhost, make_plan, parse_tap, parse_taps, qemu_argv, stable_mac
+from qsteer.settings import Config, Entry, Match, Settings
 
 QEMU = "qemu-system-x86_64"
 MAC = "52:54:00:aa:bb:cc"
@@ -474,6 +475,39 @@ def test_notes(tap: str, device: str, probe: QemuProbe, says: str) -> None:
     (note,) = plan.notes
     assert note.startswith("net0: ")
     assert says in note
+
+
+CONFIGURED = Config(
+    entries=(
+        Entry(match=Match(), settings=Settings(queues=2, vhost=Vhost.OFF)),
+        Entry(match=Match(vm=("web-*",)), settings=Settings(queues=8, bridge="br0", rss=Rss.OFF)),
+        Entry(match=Match(bridge=("br0",)), settings=Settings(mtu=9000)),
+        Entry(match=Match(nic=("net1",)), settings=Settings(bridge="")),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "vm", "wanted"),
+    [
+        ("id=net0", None, TapSpec(id="net0", queues=2, vhost=Vhost.OFF)),
+        (
+            "id=net0",
+            "web-1",
+            TapSpec(id="net0", queues=8, vhost=Vhost.OFF, bridge="br0", rss=Rss.OFF, mtu=9000),
+        ),
+        (
+            "id=net0,queues=3,vhost=auto,bridge=br1,rss=on",
+            "web-1",
+            TapSpec(id="net0", queues=3, bridge="br1", rss=Rss.ON),
+        ),
+        ("id=net0,bridge=,rss=auto", "web-1", TapSpec(id="net0", queues=8, vhost=Vhost.OFF)),
+        ("id=net1,rss=auto", "web-1", TapSpec(id="net1", queues=8, vhost=Vhost.OFF)),
+        ("id=net0,bridge=br0", None, TapSpec(id="net0", queues=2, vhost=Vhost.OFF, bridge="br0", mtu=9000)),
+    ],
+)
+def test_a_tap_over_what_is_configured(text: str, vm: str | None, wanted: TapSpec) -> None:
+    assert parse_tap(text, CONFIGURED, vm) == wanted
 
 
 def test_stable_mac() -> None:
