@@ -28,7 +28,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
@@ -90,7 +90,13 @@ def probe(binary: str, *, drivers: Iterable[str], become: Callable[[], None] | N
             stack.callback(_end, child, held)
         try:
             began = time.monotonic()
-            return _run(ours, lambda client: _ask(client, drivers), began, PROBE_TIMEOUT_S, PROBE_TIMEOUT_S)
+            return _run(
+                ours,
+                lambda client: _ask(client, _greeted_version(client), drivers),
+                began,
+                PROBE_TIMEOUT_S,
+                PROBE_TIMEOUT_S,
+            )
         except TimeoutError:
             raise UnsupportedError(f'"{binary}" does not answer as QEMU within {PROBE_TIMEOUT_S:g} s') from None
         except failures() as error:
@@ -142,9 +148,38 @@ class Monitor:
                 raise UnsupportedError(f"QEMU at {self._where} does not know {command}") from None
             raise QsteerError(f"QEMU at {self._where} did not do {command}: {_reason(error)}") from None
 
+    async def probe(self, drivers: Iterable[str]) -> QemuProbe:
+        """What this QEMU can do, as ``probe`` tells it of a binary.  Raises QsteerError where it gives no version."""
+        return await _ask(self._client, self.version, drivers)
+
     def send_fd(self, fd: int) -> None:
         """Pass an fd to QEMU, for the next command that takes one."""
         self._client.send_fd_scm(fd)
+
+    @contextlib.contextmanager
+    def hearing(
+        self, events: Iterable[str], meant: Callable[[Mapping[str, object]], bool]
+    ) -> Iterator[Callable[[float], Awaitable[str | None]]]:
+        """Listen from here on; gives what waits so many seconds for the first of ``events`` that is meant.
+
+        ``meant`` is called with an event's data.  What waits gives the event's name, None where it has not come.
+        """
+        import asyncio
+
+        first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def hear(event: "Message") -> bool:
+            data = event.get("data")
+            if not first.done() and meant(data if isinstance(data, dict) else {}):
+                first.set_result(str(event["event"]))
+            return False  # qemu.qmp would keep it, too, however many there are
+
+        async def wait(timeout_s: float) -> str | None:
+            await asyncio.wait((first,), timeout=timeout_s)
+            return first.result() if first.done() else None
+
+        with self._client.listener(tuple(events), hear):
+            yield wait
 
     async def ask_and_hear(
         self, command: str, arguments: Mapping[str, object], events: Iterable[str]
@@ -330,10 +365,9 @@ async def _connect(client: "BoundedClient", address: str | socket.socket) -> Non
         raise EOFError from None  # qemu.qmp 0.0.6: the other side has gone again already
 
 
-async def _ask(client: "QMPClient", drivers: Iterable[str]) -> QemuProbe:
+async def _ask(client: "QMPClient", version: tuple[int, int, int], drivers: Iterable[str]) -> QemuProbe:
     from qemu.qmp import ExecuteError
 
-    version = _greeted_version(client)
     properties: dict[str, Mapping[str, str]] = {}
     for driver in dict.fromkeys(drivers):
         # A driver that this QEMU, or this architecture, does not have is refused.

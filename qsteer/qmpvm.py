@@ -17,6 +17,7 @@ and made printable.
 """
 
 import contextlib
+import enum
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,11 @@ from qsteer.qmp import Monitor, member
 
 _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached")
 """Where devices are: those with an id, those without one, those that a board makes itself (-nic)."""
-_DRIVER = re.compile(r"child<(virtio-net-[a-z-]{1,40})>")
+_CHILD = re.compile(r"child<([A-Za-z0-9_.-]{1,64})>")
+_DRIVER = re.compile(r"virtio-net-[a-z-]{1,40}")
+_PCI_HOST = re.compile(r"[A-Za-z0-9-]+-pcihost")
+_PORTS = ("pcie-root-port", "ioh3420", "xio3130-downstream")
+_BRIDGES = ("pci-bridge", "pcie-pci-bridge")
 _PCI_HOSTS = ("i440FX-pcihost", "q35-pcihost", "gpex-pcihost")
 _PCI_ROOT = "0000:00"
 _SLOT = re.compile(r"[0-9a-f]{2}\.[0-7]")
@@ -40,6 +45,7 @@ _VHOST_NET = Path("/dev/vhost-net")
 
 _NICS_MAX = 256
 _BUSES_MAX = 32
+_BRIDGES_MAX = 1024
 _TEXT_MAX = 255
 _INFO_MAX = 1 << 20
 
@@ -72,6 +78,23 @@ class QmpNic:
     device: str | None
     backend: Backend | None
     vhost: bool | None
+
+
+class Slot(enum.Enum):
+    """What kind of bus it is that a device can be plugged into."""
+
+    ROOT = enum.auto()
+    PORT = enum.auto()
+    BRIDGE = enum.auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bus:
+    """A PCI bus, and how many devices it has; one behind a port takes one."""
+
+    name: str
+    slot: Slot
+    devices: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +160,7 @@ async def describe(monitor: Monitor, pid: int) -> QmpVm:
     status = _text(member(await monitor.ask("query-status"), "status"))
     if not status:
         raise QsteerError("QEMU does not say whether the VM runs")
-    backends = parse_info_network(await monitor.ask("human-monitor-command", {"command-line": "info network"}))
+    backends = await netdevs(monitor)
     found = [await _nic(monitor, path, driver, backends) for path, driver in await _paths(monitor)]
     return QmpVm(
         name=_text(member(await monitor.ask("query-name"), "name")),
@@ -166,14 +189,70 @@ def parse_info_network(answer: object) -> Mapping[str, Backend]:
     return found
 
 
+async def netdevs(monitor: Monitor) -> Mapping[str, Backend]:
+    """Every netdev of a VM, by its id, also those that no device uses.  Raises QsteerError."""
+    return parse_info_network(await monitor.ask("human-monitor-command", {"command-line": "info network"}))
+
+
+async def device_ids(monitor: Monitor) -> frozenset[str]:
+    """The ids of all devices that were given one.  Raises QsteerError."""
+    names = (_text(member(child, "name")) for child in _list(await monitor.ask("qom-list", {"path": _CONTAINERS[0]})))
+    return frozenset(name for name in names if name)
+
+
+async def nic_paths(monitor: Monitor) -> frozenset[str]:
+    """Where the virtio-net devices are in QEMU's object tree.  Raises QsteerError."""
+    return frozenset(path for path, _ in await _paths(monitor))
+
+
+async def buses(monitor: Monitor) -> tuple[Bus, ...]:
+    """Where a PCI device can be plugged in: a root bus of conventional PCI, and ports and bridges with an id.
+
+    The root bus of PCI Express takes none, and of a port without an id the bus has a name that others have, too.
+    Raises QsteerError.
+    """
+    found: list[Bus] = []
+    for name, kind in await _children(monitor, "/machine"):
+        if _PCI_HOST.fullmatch(kind):
+            found += await _buses_of(monitor, f"/machine/{name}", Slot.ROOT, "PCI")
+    for name, kind in (await _children(monitor, _CONTAINERS[0]))[:_BRIDGES_MAX]:
+        path = f"{_CONTAINERS[0]}/{name}"
+        if kind in _PORTS and await _get(monitor, path, "hotplug") is not False:
+            found += await _buses_of(monitor, path, Slot.PORT, "PCIE")
+        elif kind in _BRIDGES:
+            found += await _buses_of(monitor, path, Slot.BRIDGE, "PCI")
+    return tuple(found)
+
+
+async def _buses_of(monitor: Monitor, path: str, slot: Slot, bus_kind: str) -> list[Bus]:
+    """The buses of one kind behind a host bridge, a port or a bridge."""
+    names = [name for name, kind in await _children(monitor, path) if kind == bus_kind]
+    found = []
+    for name in names:
+        members = _list(await monitor.ask("qom-list", {"path": f"{path}/{name}"}))
+        devices = sum((_text(member(child, "name")) or "").startswith("child[") for child in members)
+        found.append(Bus(name=name, slot=slot, devices=devices))
+    return found
+
+
+async def _children(monitor: Monitor, path: str) -> list[tuple[str, str]]:
+    """Name and type of what is in an object, without what has no name that a path could have."""
+    found = []
+    for child in _list(await monitor.ask("qom-list", {"path": path})):
+        name, kind = _text(member(child, "name")), _CHILD.fullmatch(_text(member(child, "type")) or "")
+        if name and kind and "/" not in name:
+            found.append((name, kind[1]))
+    return found
+
+
 async def _paths(monitor: Monitor) -> Sequence[tuple[str, str]]:
     """Path and driver of each virtio-net device."""
-    found: list[tuple[str, str]] = []
-    for container in _CONTAINERS:
-        for child in _list(await monitor.ask("qom-list", {"path": container})):
-            name, driver = _text(member(child, "name")), _DRIVER.fullmatch(_text(member(child, "type")) or "")
-            if name and driver and "/" not in name:
-                found.append((f"{container}/{name}", driver[1]))
+    found = [
+        (f"{container}/{name}", kind)
+        for container in _CONTAINERS
+        for name, kind in await _children(monitor, container)
+        if _DRIVER.fullmatch(kind)
+    ]
     return found[:_NICS_MAX]
 
 
