@@ -57,8 +57,13 @@ def bridge_port_mac(mac: str) -> str:
     return f"{'fa' if mac[:2] == 'fe' else 'fe'}{mac[2:]}"
 
 
-def configure(tap: str, *, mac: str | None = None, mtu: int | None = None, bridge_index: int | None = None) -> None:
-    """Set ``tap``'s MAC and MTU where given, join the bridge, and bring it up.  Raises QsteerError."""
+def configure(
+    tap: str, *, mac: str | None = None, mtu: int | None = None, bridge_index: int | None = None, up: bool = True
+) -> None:
+    """Set ``tap``'s MAC and MTU where given, join the bridge (0: leave its own), and bring it up, or down.
+
+    Raises QsteerError.
+    """
     steps: list[tuple[str, dict[str, object]]] = []
     if mac is not None:
         steps.append((f"set the MAC of {tap} to {mac}", {"address": mac}))
@@ -66,7 +71,8 @@ def configure(tap: str, *, mac: str | None = None, mtu: int | None = None, bridg
         steps.append((f"set the MTU of {tap} to {mtu}", {"mtu": mtu}))
     if bridge_index is not None:
         steps.append((f"add {tap} to its bridge", {"master": bridge_index}))
-    steps.append((f"bring {tap} up", {"state": "up"}))
+    state = "up" if up else "down"
+    steps.append((f"bring {tap} {state}", {"state": state}))
 
     what = f"find {tap}"
     try:
@@ -88,6 +94,20 @@ def tuns() -> tuple[Tun, ...]:
     except (NetlinkError, OSError) as error:
         raise from_errno(_errno(error), "cannot list this network namespace's devices") from None
     return tuple(found)
+
+
+def bridges() -> dict[int, str]:
+    """By ifindex, for each device of the calling thread's network namespace, the bridge that it is in; "" for none.
+
+    Raises QsteerError.
+    """
+    try:
+        with IPRoute() as route:
+            found = list(route.link("dump"))
+    except (NetlinkError, OSError) as error:
+        raise from_errno(_errno(error), "cannot list this network namespace's devices") from None
+    names = {one["index"]: one.get("ifname") for one in found if one.get(("linkinfo", "kind")) == "bridge"}
+    return {one["index"]: names.get(one.get("master"), "") for one in found}
 
 
 def _tun(message: Any) -> Tun:
