@@ -12,11 +12,19 @@ KERNELS_ARGS ?=
 # The Debian packages that building, the tests and the demo need.
 PACKAGES := \
 	clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev zlib1g-dev python3-venv python3-dev \
-	busybox-static cpio ethtool iproute2 kmod xz-utils zstd
+	busybox-static cpio ethtool iproute2 kmod libcap2-bin xz-utils zstd
 
 VENV := build/venv
 INSTALLED := $(VENV)/.installed
 COMPILED := $(VENV)/.compiled
+
+# QEMU's helper= program: C, of nothing but libc.
+HELPER := build/qsteer-bridge-helper
+HELPER_SOURCES := c/bridge_helper.c c/bridge_acl.c c/bridge_args.c c/refusal.c
+HELPER_HEADERS := c/auto.h c/bridge_acl.h c/bridge_args.h c/refusal.h
+HELPER_FLAGS = -std=gnu11 -O2 -Wall -Wextra -Werror \
+	-fPIE -pie -Wl,-z,relro,-z,now -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -fstack-protector-strong \
+	-DQS_VERSION='"$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' qsteer/__init__.py)"'
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -31,10 +39,17 @@ override PREFIX := $(patsubst %/,%,$(PREFIX))
 ROOT_OF_INSTALL := $(DESTDIR)$(PREFIX)
 LIBRARY := $(ROOT_OF_INSTALL)/lib/qsteer
 COMMAND := $(ROOT_OF_INSTALL)/bin/qsteer
+# What is called from a shell, or by QEMU: name, module and function, as in pyproject.toml.
+COMMANDS := qsteer:qsteer.__main__:main qsteer-ifup:qsteer.ifup:main_up qsteer-ifdown:qsteer.ifup:main_down
 # Where the system looks for what is in $(LIBRARY): link=target, both without blanks.
 LINKS := \
 	bin/qsteer=../lib/qsteer/bin/qsteer \
+	bin/qsteer-ifup=../lib/qsteer/bin/qsteer-ifup \
+	bin/qsteer-ifdown=../lib/qsteer/bin/qsteer-ifdown \
+	libexec/qsteer-bridge-helper=../lib/qsteer/libexec/qsteer-bridge-helper \
 	lib/systemd/system/qsteer-keep.service=../../qsteer/share/qsteer-keep.service \
+	lib/systemd/system/qsteer-serve.service=../../qsteer/share/qsteer-serve.service \
+	lib/systemd/system/qsteer-serve.socket=../../qsteer/share/qsteer-serve.socket \
 	share/man/man8/qsteer.8=../../../lib/qsteer/share/qsteer.8
 
 # Runs a command as root, with the environment of who called make; what it leaves in build/ belongs to them again.
@@ -74,7 +89,7 @@ test-vhost: build ## RSS with vhost=on, QEMU 10.0 and 11.1, in guests of a guest
 lint: build ## run the formatters and type checkers only
 	$(VENV)/bin/python -m pytest tests/unit/test_linters.py $(PYTEST_ARGS)
 
-build: packages $(COMPILED) ## an editable install in build/venv
+build: packages $(COMPILED) $(HELPER) ## an editable install in build/venv, and QEMU's helper= program
 
 packages: ## install the Debian packages that are missing
 	command -v dpkg-query >/dev/null && command -v apt-get >/dev/null || exit 0
@@ -118,6 +133,10 @@ $(INSTALLED): pyproject.toml setup.py qsteer/__init__.py | packages
 $(COMPILED): $(INSTALLED) qsteer/shim_build.py $(shell find c -type f)
 	$(VENV)/bin/python setup.py --quiet build_ext --inplace
 	touch $@
+
+$(HELPER): $(HELPER_SOURCES) $(HELPER_HEADERS) qsteer/__init__.py Makefile | packages
+	mkdir -p build
+	$(CC) $(HELPER_FLAGS) -o $@ $(HELPER_SOURCES)
 
 # Both stop before anything changes when what they would replace or remove is not from here.
 define check_install
@@ -165,17 +184,24 @@ install: ## put qsteer under PREFIX, with a virtual environment of its own
 		grep -o 'qsteer cannot be built .*' "$$work/log" >&2 || cat "$$work/log" >&2
 		exit 1
 	}
+	mkdir "$$work/qsteer/libexec"
+	$(CC) $(HELPER_FLAGS) -o "$$work/qsteer/libexec/qsteer-bridge-helper" $(HELPER_SOURCES)
 	(
 		cd "$$work/qsteer"
 		find bin -mindepth 1 ! -name 'python*' -delete
-		printf '%s\n' '#!$(PREFIX)/lib/qsteer/bin/python -I' 'import sys' '' 'from qsteer.__main__ import main' '' \
-			'sys.exit(main())' >bin/qsteer
-		chmod 755 bin/qsteer
+		for command in $(COMMANDS); do
+			IFS=: read -r name module main <<<"$$command"
+			printf '%s\n' '#!$(PREFIX)/lib/qsteer/bin/python -I' 'import sys' '' "from $$module import $$main" '' \
+				"sys.exit($$main())" >"bin/$$name"
+			chmod 755 "bin/$$name"
+		done
 		sed -i '/^command = /d' pyvenv.cfg
 		rm -f lib/python3.*/site-packages/qsteer-*.dist-info/direct_url.json
 		bin/python -m compileall -q -p "$(PREFIX)/lib/qsteer" lib
 		mkdir share
-		sed 's|@PREFIX@|$(PREFIX)|g' "$(CURDIR)/systemd/qsteer-keep.service.in" >share/qsteer-keep.service
+		for unit in qsteer-keep.service qsteer-serve.service qsteer-serve.socket; do
+			sed 's|@PREFIX@|$(PREFIX)|g' "$(CURDIR)/systemd/$$unit.in" >"share/$$unit"
+		done
 		cat "$(CURDIR)/docs/qsteer.8" >share/qsteer.8
 		touch .from-make-install
 	)
@@ -187,7 +213,9 @@ install: ## put qsteer under PREFIX, with a virtual environment of its own
 		mkdir -p "$$(dirname "$(ROOT_OF_INSTALL)/$${link%=*}")"
 		ln -sfn "$${link#*=}" "$(ROOT_OF_INSTALL)/$${link%=*}"
 	done
-	echo "Installed $(COMMAND), its manual page qsteer(8), and the unit qsteer-keep.service, which is not enabled"
+	echo "Installed $(COMMAND), its manual page qsteer(8), and the units qsteer-keep.service and qsteer-serve.socket, which are not enabled"
+	echo "qsteer-bridge-helper has no privileges yet; to let QEMU's users have taps on the bridges of /etc/qemu/bridge.conf:"
+	echo "  setcap cap_net_admin+ep $(PREFIX)/lib/qsteer/libexec/qsteer-bridge-helper"
 
 uninstall: ## take off what install put there; running virtual machines stay steered
 	$(check_install)
@@ -197,11 +225,11 @@ uninstall: ## take off what install put there; running virtual machines stay ste
 	for link in $(LINKS); do
 		rm -f "$(ROOT_OF_INSTALL)/$${link%=*}"
 	done
-	for directory in lib/systemd/system lib/systemd share/man/man8 share/man; do
+	for directory in libexec lib/systemd/system lib/systemd share/man/man8 share/man; do
 		rmdir --ignore-fail-on-non-empty "$(ROOT_OF_INSTALL)/$$directory" 2>/dev/null || true
 	done
 	echo "Removed $(COMMAND) and $(LIBRARY)."
-	echo "A qsteer-keep.service that runs has to be stopped: systemctl disable --now qsteer-keep"
+	echo "Services that run have to be stopped: systemctl disable --now qsteer-keep qsteer-serve.socket qsteer-serve"
 	echo "Running virtual machines stay steered: /sys/fs/bpf/qsteer and /run/qsteer are as they were."
 
 clean: ## remove everything that is made, build/ included

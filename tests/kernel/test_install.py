@@ -139,7 +139,22 @@ def test_an_installation_that_fails_leaves_the_older_one(prefix: Path) -> None:
     subprocess.run((prefix / "bin/qsteer", "--help"), check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("foreign", ["bin/qsteer", "lib/qsteer", "lib/systemd/system/qsteer-keep.service"])
+def test_the_helper_has_no_privileges(staged: Staged) -> None:
+    helper = staged.tree / "lib/qsteer/libexec/qsteer-bridge-helper"
+    assert helper.stat().st_mode & 0o7777 == 0o755
+    assert not os.listxattr(helper)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "bin/qsteer",
+        "bin/qsteer-ifup",
+        "lib/qsteer",
+        "libexec/qsteer-bridge-helper",
+        "lib/systemd/system/qsteer-keep.service",
+    ],
+)
 @pytest.mark.parametrize("target", ["install", "uninstall"])
 def test_what_is_not_ours_stays(tmp_path: Path, target: str, foreign: str) -> None:
     path = tmp_path / foreign
