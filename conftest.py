@@ -11,6 +11,9 @@ from typing import TypeVar
 
 import pytest
 
+# The machine's own configuration must not decide how a test ends.
+os.environ.setdefault("QSTEER_CONFIG", "/nonexistent")
+
 STRICT = os.environ.get("QSTEER_STRICT", "0") not in ("", "0")
 
 ReportT = TypeVar("ReportT", pytest.TestReport, pytest.CollectReport)

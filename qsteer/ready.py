@@ -13,8 +13,7 @@ from pathlib import Path
 from qsteer import kernel, programs
 from qsteer.errors import from_errno
 from qsteer.model import Source
-from qsteer.runplan import Order as Order
-from qsteer.runplan import stable_mac
+from qsteer.runplan import Order, stable_mac
 
 VHOST_NET = Path("/dev/vhost-net")
 MACHINE_ID = Path("/etc/machine-id")

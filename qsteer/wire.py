@@ -32,9 +32,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn
 
-from qsteer.access import NAME_BYTES, Limits, Rule
+from qsteer.access import Limits, Rule
 from qsteer.errors import QsteerError, UnsupportedError, UsageError, printable
-from qsteer.runplan import MTU_MAX, MTU_MIN, QUEUES_MAX, Order
+from qsteer.runplan import MTU_MAX, MTU_MIN, QUEUES_MAX, Order, device_name
 
 VERSION = 1
 HEADER_BYTES = 4
@@ -279,10 +279,10 @@ def _is_number(value: object, least: int, most: int) -> bool:
 
 
 def _is_device_name(value: object) -> bool:
-    """By the kernel's rule; a % would make it number the name."""
-    if not isinstance(value, str) or not value.isprintable() or value in (".", ".."):
+    try:
+        return isinstance(value, str) and bool(device_name("", value))
+    except UsageError:
         return False
-    return 0 < len(value.encode()) <= NAME_BYTES and not any(character in "/:% " for character in value)
 
 
 def _is_mac(value: object) -> bool:
