@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qsteer import wire
+from qsteer import server, wire
 from qsteer.access import Grant, Rule
 from qsteer.errors import QsteerError
 from qsteer.ready import ReadyTap
@@ -350,7 +350,7 @@ def _judge(sender: _Sender, findings: Findings) -> None:
 def _open_fds() -> int:
     """Once what is closed elsewhere is."""
     for thread in threading.enumerate():
-        if thread is not threading.current_thread():
+        if thread.name == server.CLOSING:
             thread.join(STUCK_S)
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 

@@ -72,6 +72,17 @@ class BusyError(QsteerError):
     exit_code = 8
 
 
+KINDS: tuple[type[QsteerError], ...] = (
+    QsteerError,
+    UsageError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnsupportedError,
+    ConflictError,
+    BusyError,
+)
+"""One for each exit code."""
+
 _BY_ERRNO: dict[int, type[QsteerError]] = {
     errno_names.EPERM: PermissionDeniedError,
     errno_names.EACCES: PermissionDeniedError,

@@ -46,6 +46,8 @@ Say = Callable[[str, Priority], None]
 
 ACCEPTED_AT_ONCE = 16
 """Then those that are accepted have their turn."""
+CLOSING = "qsteer-closing"
+"""What the threads are called that close fds."""
 DEAF_S = 0.2
 """How long to accept nobody after the kernel would not: out of fds, say."""
 PROGRAMS_PER_S, PROGRAMS_AT_ONCE = 0.1, 1000
@@ -341,7 +343,7 @@ class Server:
     def _tap_of(self, fd: int, uid: int) -> str:
         """The name of the tap that a client's fd is a queue of.  Closes the fd."""
         if not self._host.is_tun(fd):
-            thread = threading.Thread(target=_close, args=(fd,), daemon=True)
+            thread = threading.Thread(target=_close, args=(fd,), name=CLOSING, daemon=True)
             self._closing.setdefault(uid, []).append(thread)
             thread.start()
             raise UsageError("the fd that came with the request for a program is no queue of a tap")

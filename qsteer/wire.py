@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn
 
 from qsteer.access import Limits, Rule
-from qsteer.errors import QsteerError, UnsupportedError, UsageError, printable
+from qsteer.errors import KINDS, QsteerError, UnsupportedError, UsageError, printable
 from qsteer.runplan import MTU_MAX, MTU_MIN, QUEUES_MAX, Order, device_name
 
 VERSION = 1
@@ -49,7 +49,6 @@ TEXT_MAX = 1000
 _VM_CHARACTERS = 255
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
 _MAC = re.compile(r"[0-9a-f][02468ace](?::[0-9a-f]{2}){5}")
-_KINDS: tuple[type[QsteerError], ...] = (QsteerError, *QsteerError.__subclasses__())
 _RULE_KEYS = tuple(field.name for field in fields(Rule) if field.name not in ("user", "group"))
 
 
@@ -228,7 +227,7 @@ def _failure(given: dict[str, Any]) -> QsteerError:
     error, hint, code, errno = (given.get(key) for key in ("error", "hint", "exit", "errno"))
     if not isinstance(error, str) or not isinstance(hint, str):
         _bad_answer()
-    kind = next((kind for kind in _KINDS if kind.exit_code == code), QsteerError)
+    kind = next((kind for kind in KINDS if kind.exit_code == code), QsteerError)
     known = errno if type(errno) is int and 0 <= errno < 4096 else 0
     return kind(printable(error)[:TEXT_MAX], hint=printable(hint)[:TEXT_MAX], errno=known)
 

@@ -284,7 +284,7 @@ def test_a_user_has_no_end_of_programs(served: Served, monkeypatch: pytest.Monke
 
 def no_closing() -> None:
     for thread in threading.enumerate():
-        if thread is not threading.current_thread():
+        if thread.name == server.CLOSING:
             thread.join(5)
 
 
