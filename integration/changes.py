@@ -29,7 +29,7 @@ from qsteer.errors import BusyError, QsteerError
 from qsteer.model import Build, Source
 from qsteer.render import columns
 from qsteer.rss import BASE_TYPES, KEY_BYTES, HashType, RssConfig, format_hash_types, format_key
-from tests.kernel import private, support
+from tests.kernel import support
 
 QUEUES = 16
 TAP = "qschg0"
@@ -178,7 +178,7 @@ def _under_traffic(name: str, changes: int, change: Callable[[Changed, int], Non
             changed.traffic.wait_for_packet()
             took = time.monotonic() - began
             log = changed.traffic.finish()
-        if not private.programs_of(TAP):
+        if not support.programs_of(TAP):
             raise BusyError("the program that is attached is not found, so none that stays behind would be")
     return Outcome(
         name=name, changes=changes, took_s=took, verdict=judge(log, changed.mappings()), left=_programs_left()
@@ -188,7 +188,7 @@ def _under_traffic(name: str, changes: int, change: Callable[[Changed, int], Non
 def _programs_left() -> int:
     """How many programs of the tap outlive it, when the kernel has had time to free them."""
     deadline = time.monotonic() + FREED_S
-    while (left := len(private.programs_of(TAP))) and time.monotonic() < deadline:
+    while (left := len(support.programs_of(TAP))) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
 

@@ -69,7 +69,7 @@ class Bench:
     def nothing(self) -> None:
         """No program, no hold, no pin."""
         kernel.detach(self.vm.tap.open.fds[0])
-        support.wait_until("the programs' end", lambda: not private.programs_of(TAP), FREED_S)
+        support.wait_until("the programs' end", lambda: not support.programs_of(TAP), FREED_S)
         private.forget_holds()
         with execute.lock(FREED_S):
             clean.execute(clean.plan(clean.fetch()))
@@ -361,7 +361,7 @@ def _check_programs(tap: Tap, wrong: list[str]) -> None:
     """What was loaded and not attached goes with the process, as fast as the kernel frees it."""
     deadline = time.monotonic() + FREED_S
     attached = {tap.program_id} - {0}
-    while (loaded := private.programs_of(TAP)) != attached:
+    while (loaded := support.programs_of(TAP)) != attached:
         if time.monotonic() >= deadline:
             wrong.append(f"programs {loaded - attached} stay loaded")
             return

@@ -197,16 +197,15 @@ def test_the_end_of_a_vm_on_a_persistent_tap(
         ("ip", "tuntap", "add", "dev", TAPS[0], "mode", "tap", "multi_queue", "vnet_hdr"), check=True, timeout=WAIT_S
     )
     try:
-        before = support.loaded_programs()
         with idle(files, tmp_path, *nic(scripts, f"--bridge {bridge}")) as qemu:
             qmp.execute(f"{tmp_path}/qmp", "query-status", {})  # from then on it ends by itself at a signal
-            assert seen().program_id in support.loaded_programs() - before
+            assert seen().program_id in support.programs_of(TAPS[0])
             assert (tap / "master").resolve().name == bridge
             assert (tap / "address").read_text().startswith("fe:")
             qemu.send_signal(signal.SIGTERM)
             assert qemu.wait(WAIT_S) == 0
         assert tap.exists() and not (tap / "master").exists()
-        support.wait_until("the program's end", lambda: support.loaded_programs() <= before)
+        support.wait_until("the program's end", lambda: not support.programs_of(TAPS[0]))
         assert "qsteer-ifdown" not in (tmp_path / "stderr").read_text()
     finally:
         subprocess.run(("ip", "tuntap", "del", "dev", TAPS[0], "mode", "tap", "multi_queue"), check=True)

@@ -54,7 +54,6 @@ def test_a_nic_for_a_guest_of_a_new_qemu(user: str, machine: str) -> None:
 
 
 def plug_twice(files: Provisioned, user: str, machine: str) -> None:
-    programs = support.loaded_programs()
     arguments = (*MACHINES[machine], "-sandbox", SANDBOX)
     with Guest(files, name="plug", user=user, prefix=as_user(user), arguments=arguments) as guest:
         guest.wait_ready()
@@ -77,7 +76,7 @@ def plug_twice(files: Provisioned, user: str, machine: str) -> None:
             print(done.stdout)
             assert "eth0" not in guest.run("ls /sys/class/net")
             assert open_files(guest.pid) == before and not exists(TAP)
-            support.wait_until("the program's end", lambda: support.loaded_programs() == programs)
+            support.wait_until("the program's end", lambda: not support.programs_of(TAP))
         uid, capabilities = guest.credentials()
         assert uid and not int(capabilities, 16)
 
@@ -280,12 +279,11 @@ def test_a_killed_qsteer_and_the_next_one(files: Provisioned, user: str, step: s
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_qemu_that_dies(files: Provisioned, user: str, step: str) -> None:
-    before = support.loaded_programs()
     with idle(files.qemu, user) as qemu:
         code, said = plug_and_die(qemu, STEPS[step], signal.SIGKILL, pid=str(qemu.pid))
         assert code == 1 and "broke off" in said and "hint" not in said, said
         assert not exists(TAP)
-    support.wait_until("the program's end", lambda: support.loaded_programs() == before)
+    support.wait_until("the program's end", lambda: not support.programs_of(TAP))
 
 
 @pytest.mark.compat

@@ -158,15 +158,14 @@ def test_on_a_bridge(files: Provisioned, user: str) -> None:
 
 
 def test_qemus_death_leaves_nothing(files: Provisioned, user: str) -> None:
-    before = support.loaded_programs()
     for end in (signal.SIGKILL, signal.SIGTERM):
         with running(files, user) as qemu:
-            assert support.loaded_programs() - before
+            assert support.programs_of(TAP)
             qemu.process.send_signal(end)
             qemu.process.wait(WAIT_S)
             support.wait_until("the tap's end", lambda: not link_exists())
             # Programs are freed after an RCU grace period.
-            support.wait_until("the program's end", lambda: support.loaded_programs() == before)
+            support.wait_until("the program's end", lambda: not support.programs_of(TAP))
 
 
 STEPS = {
@@ -182,7 +181,6 @@ STEPS = {
 @pytest.mark.parametrize("how", ["os.kill(os.getpid(), 9)", "raise_error()"])
 def test_death_at_each_step_leaves_nothing(files: Provisioned, user: str, step: str, how: str) -> None:
     """qsteer is killed, or fails, right after each step of run."""
-    before = support.loaded_programs()
     patch = f"""
 import os, sys
 from qsteer import kernel, programs, qmp, ready, run, runplan
@@ -212,7 +210,7 @@ sys.exit(main())
     if not killed:
         assert "qsteer: made to fail" in done.stderr and "Traceback" not in done.stderr
     support.wait_until("the tap's end", lambda: not link_exists())
-    support.wait_until("the program's end", lambda: support.loaded_programs() == before)
+    support.wait_until("the program's end", lambda: not support.programs_of(TAP))
 
 
 def test_a_qemu_that_refuses_its_command_line_leaves_nothing(files: Provisioned, user: str) -> None:

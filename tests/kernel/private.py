@@ -10,8 +10,6 @@ from pathlib import Path
 
 from qsteer import programs, shim
 from qsteer._shim import lib
-from qsteer.errors import QsteerError
-from tests.kernel import support
 
 CLONE_NEWNS = 0x00020000
 
@@ -64,17 +62,6 @@ def files() -> dict[str, bytes]:
     """What qsteer keeps in /run/qsteer, but for the lock's file."""
     found = {str(path.relative_to(RUNTIME)): path for path in sorted(RUNTIME.rglob("*")) if path.is_file()}
     return {name: path.read_bytes() for name, path in found.items() if name != "lock"}
-
-
-def programs_of(tap: str) -> set[int]:
-    """The ids of all loaded programs that were made for a tap."""
-    found = set()
-    for number in support.loaded_programs():
-        with contextlib.suppress(QsteerError):
-            ident = programs.program_info(number).ident
-            if ident and ident.tap == tap:
-                found.add(number)
-    return found
 
 
 def unpinned_bodies() -> int:

@@ -197,6 +197,17 @@ def loaded_programs(name: str = "qsteer_tap") -> set[int]:
     return found
 
 
+def programs_of(tap: str) -> set[int]:
+    """The ids of all loaded programs that were made for a tap."""
+    found = set()
+    for number in loaded_programs():
+        with contextlib.suppress(QsteerError):
+            ident = programs.program_info(number).ident
+            if ident and ident.tap == tap:
+                found.add(number)
+    return found
+
+
 def qsteer(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would; every traceback is a failure."""
     done = subprocess.run(

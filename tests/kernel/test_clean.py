@@ -111,7 +111,7 @@ def test_bodies(namespace: str) -> None:
         assert answers(held)
         assert str(cleaned()).splitlines()[0] == "nothing to clean"
         held.close()
-    support.wait_until("the programs' end", lambda: not private.programs_of(TAP))
+    support.wait_until("the programs' end", lambda: not support.programs_of(TAP))
     assert names(cleaned().removed) == [
         "qsteer/v1/bodies-held",
         "qsteer/v3/bodies-attached",
@@ -217,7 +217,7 @@ def test_another_body_took_the_name_meanwhile(monkeypatch: pytest.MonkeyPatch) -
         assert sorted(private.pins()) == ["v1/bodies-late", aside]
         # Next time it is told from the others, and stays for as long as it is used.
         assert names(cleaned().kept) == [f"qsteer/{aside}"]
-    support.wait_until("the stub's end", lambda: not private.programs_of(TAP))
+    support.wait_until("the stub's end", lambda: not support.programs_of(TAP))
     assert f"qsteer/{aside}" in names(cleaned().removed)
 
 

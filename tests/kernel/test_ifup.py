@@ -448,8 +448,7 @@ def test_a_name_that_lies_about_its_vm(tap: support.TapUnderTest) -> None:
 
 
 def test_programs_go_with_their_taps(namespace: str) -> None:
-    before = support.loaded_programs()
     with support.tap(TAP, 4) as tap:
         assert ifup(tap).returncode == 0
-        assert len(support.loaded_programs() - before) == 1
-    support.wait_until("the program's end", lambda: support.loaded_programs() <= before)
+        assert len(support.programs_of(TAP)) == 1
+    support.wait_until("the program's end", lambda: not support.programs_of(TAP))

@@ -139,7 +139,7 @@ def state() -> State:
         program_id=tap.program_id,
         content=tap.content,
         body_present=tap.body_present,
-        loaded=frozenset(private.programs_of(TAP)),
+        loaded=frozenset(support.programs_of(TAP)),
         files=private.files(),
         pins=private.pins(),
         fds=len(os.listdir("/proc/self/fd")),  # noqa: PTH208
@@ -263,7 +263,7 @@ def check_packets() -> None:
 @contextlib.contextmanager
 def prepared(prepare: Prepare) -> Iterator[tuple[Step, ...]]:
     """A tap as it is before the plan."""
-    support.wait_until("the end of the last tap's programs", lambda: not private.programs_of(TAP))
+    support.wait_until("the end of the last tap's programs", lambda: not support.programs_of(TAP))
     with contextlib.ExitStack() as stack:
         tap = stack.enter_context(support.tap(TAP, 4))
         stack.callback(private.forget_holds)
@@ -410,7 +410,7 @@ def test_run_with_each_call_failing_in_turn(namespace: str, monkeypatch: pytest.
         assert (set(os.listdir("/proc/self/fd")), private.pins()) == before, f"after {fault.hit}"  # noqa: PTH208
         assert not any(links.find(name) for name in names), fault.hit
         support.wait_until(
-            f"the end of programs after {fault.hit}", lambda: not any(map(private.programs_of, names)), timeout_s=5
+            f"the end of programs after {fault.hit}", lambda: not any(map(support.programs_of, names)), timeout_s=5
         )
         if not fault.hit:
             break

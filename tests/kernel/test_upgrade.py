@@ -211,6 +211,6 @@ def test_clean_waits_for_the_last_user(namespace: str, this: Version, other: Ver
         assert f"kept  {pin}: shared body, used by 1 program" in said and theirs in said
         running.check_packets(FIRST)
     held.close()
-    support.wait_until("the programs' end", lambda: not private.programs_of("qsun-clean"))
+    support.wait_until("the programs' end", lambda: not support.programs_of("qsun-clean"))
     assert f"removed  {pin}: shared body" in other.clean()
     assert private.pins() == {}
