@@ -99,8 +99,10 @@ static bool qs_callers_own(int fd, const struct stat *status)
 
 	if (caller == 0)
 		return false;
-	return status->st_uid == caller ||
-	       syscall(SYS_faccessat2, fd, "", W_OK, AT_EMPTY_PATH) == 0;
+	if (status->st_uid == caller || !syscall(SYS_faccessat2, fd, "", W_OK, AT_EMPTY_PATH))
+		return true;
+	/* Any other answer does not say that the caller may not. */
+	return errno != EACCES && errno != EROFS && errno != EPERM;
 }
 
 static int qs_read_list(struct qs_acl *acl, int fd, const char *path);

@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -70,6 +71,10 @@ def plug_twice(files: Provisioned, user: str, machine: str) -> None:
             flows_are_right(guest, files)
             (seen,) = json.loads(support.qsteer("status", "--dev", TAP, "-j").stdout)["taps"]
             assert (seen["state"], seen["source"]) == ("ok", "shared-maps")
+            (mac,) = re.findall("52(?::[0-9a-f]{2}){5}", done.stdout)
+            for named in (("--nic", "net1"), ("--mac", mac)):
+                found = support.qsteer("apply", "--pid", str(guest.pid), *named)
+                assert (found.returncode, found.stderr) == (0, "") and "unchanged" in found.stdout
 
             done = support.qsteer("unplug", *socket, "--nic", "net1")
             assert done.returncode == 0, done.stderr

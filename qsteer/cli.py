@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from qsteer import __version__
 from qsteer.errors import UsageError
 
-_EXIT_CODES = """exit codes: 0 done, 1 failed, 2 usage, 3 no such VM or tap, 4 permission, 5 unsupported here,
+_EXIT_CODES = """exit codes: 0 done, 1 failed, 2 usage, 3 no such VM, tap or bridge, 4 permission, 5 unsupported here,
 6 conflict with a foreign program, 7 difference found (status --check only), 8 busy, try again"""
 
 

@@ -3,7 +3,7 @@
 
 QsteerError                 1  failed
 ├── UsageError              2  the command line, or a value on it, is wrong
-├── NotFoundError           3  no such VM or tap
+├── NotFoundError           3  no such VM, tap or bridge
 ├── PermissionDeniedError   4  a right is missing
 ├── UnsupportedError        5  this kernel, QEMU or device cannot do it
 ├── ConflictError           6  a program that is not qsteer's is in the way
@@ -43,7 +43,7 @@ class UsageError(QsteerError):
 
 
 class NotFoundError(QsteerError):
-    """There is no such VM or tap."""
+    """There is no such VM, tap or bridge."""
 
     exit_code = 3
 

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, NoReturn
 from qsteer import execute, holds, kernel, namespaces, procs, programs, qemuargs, runplan
 from qsteer.attached import Programs
 from qsteer.errors import ConflictError, NotFoundError, QsteerError, UnsupportedError, UsageError, printable
-from qsteer.ifupplan import Behind, Decision, behind, decide, is_keep, needs_version, warning
+from qsteer.ifupplan import Behind, Decision, behind, decide, is_keep_of, needs_version, warning
 from qsteer.model import Kind, Nic, OpenQueue, Process, Source, Tap
 from qsteer.plan import Detach, Plan, Static, Wanted, describe, plan_apply
 from qsteer.settings import Settings
@@ -172,11 +172,11 @@ def _settings(call: _Call, bridge: str | None) -> Settings:
     from qsteer import config
 
     configured = config.load()
-    args, known = call.qemu.args, call.behind
+    known = call.behind
 
     def settings(joined: str | None) -> Settings:
         return configured.settings(
-            vm=(args.name or args.uuid) if args else None,
+            vm=_vm_name(call.qemu),
             nics=known.ids if known else (),
             mac=known.mac if known else None,
             dev=call.tap,
@@ -186,6 +186,10 @@ def _settings(call: _Call, bridge: str | None) -> Settings:
     # Which bridge it joins may be configured, too.
     joins = settings(None).bridge if bridge is None else bridge
     return replace(settings(joins or None), bridge=joins)
+
+
+def _vm_name(qemu: Process) -> str | None:
+    return (qemu.args.name or qemu.args.uuid) if qemu.args else None
 
 
 def _up(options: argparse.Namespace) -> None:
@@ -235,10 +239,10 @@ def _steer(
     if decision.attach and not _attach(call, static, undo):
         return
     if decision.lost:
-        keep_pid = _keep_pid()
+        keep_pid = _keep_pid(_vm_name(call.qemu))
         told = f"{call.tap}: {warning(decision, keep_pid)}"
         if required and not decision.attach and not keep_pid:
-            raise UnsupportedError(told)
+            raise UnsupportedError(f"{told}; steering is required")
         log.warning("%s", printable(told))
 
 
@@ -376,15 +380,15 @@ def _version(asked: subprocess.Popen[bytes] | None) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def _keep_pid() -> int | None:
-    """The process of a ``qsteer keep`` of root's, or of this user's, if one runs."""
+def _keep_pid(vm: str | None) -> int | None:
+    """The process of a ``qsteer keep`` of root's, or of this user's, that keeps a VM, if one runs."""
     with os.scandir("/proc") as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
                 if entry.name.isdecimal() and entry.stat().st_uid in (0, os.geteuid()):
                     with Path(entry.path, "cmdline").open("rb") as file:
                         start = file.read(_CMDLINE_START)
-                    if is_keep(qemuargs.split_cmdline(start)):
+                    if is_keep_of(vm, qemuargs.split_cmdline(start)):
                         return int(entry.name)
     return None
 

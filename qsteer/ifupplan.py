@@ -123,7 +123,9 @@ def warning(decision: Decision, keep_pid: int | None) -> str:
     return f"{what} {decision.lost}: {then}"
 
 
-def is_keep(argv: Sequence[str]) -> bool:
-    """Whether a command line is that of ``qsteer keep``, by itself or behind a Python; it can be forged."""
+def is_keep_of(vm: str | None, argv: Sequence[str]) -> bool:
+    """Whether a command line is that of a ``qsteer keep`` that keeps every VM, or this one; it can be forged."""
     names = [word.rpartition("/")[2] for word in argv[:_WORDS_BEFORE_VERB]]
-    return any(words == ("qsteer", "keep") for words in pairwise(names))
+    if not any(words == ("qsteer", "keep") for words in pairwise(names)):
+        return False
+    return "--all" in argv or (vm is not None and (("--vm", vm) in pairwise(argv) or f"--vm={vm}" in argv))

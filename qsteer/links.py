@@ -43,6 +43,8 @@ def bridge(name: str) -> Link:
     link = find(name)
     if link is None:
         raise NotFoundError(f'unknown bridge "{name}"', hint="ip link show type bridge")
+    if link.name != name:
+        raise UsageError(f'"{name}" is another name of "{link.name}"', hint="a bridge is given by its own name")
     if link.kind != "bridge":
         raise UsageError(f'"{name}" is not a bridge', hint="ip link show type bridge")
     return link

@@ -53,7 +53,7 @@ def server_of(path: str) -> int:
         with _connect(path, os.getpid(), TIMEOUT_S) as peer:
             return _listener(peer)
     except OSError as error:
-        raise _failure(error, what, path) from None
+        raise _failure(error, what, OwnPath(path)) from None
 
 
 def connect(path: str, process: Process, *, timeout_s: float) -> socket.socket:
@@ -119,7 +119,7 @@ def _failure(error: OSError, what: str, path: str) -> QsteerError:
     code = error.errno or 0
     if code in _NOWHERE:
         hint = "nobody listens there (any more)"
-        if not path.startswith("/"):
+        if code == errno.ENOENT and not path.startswith("/") and not isinstance(path, OwnPath):
             hint = "a QEMU with -daemonize is in / by now, not where this path began"
         return NotFoundError(f"cannot connect to {what}", errno=code, hint=hint)
     if code == errno.EAGAIN:

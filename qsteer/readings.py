@@ -55,6 +55,11 @@ def complete(tap: Tap, wanted: Wanted, manner: Manner) -> Tap:
     return tap
 
 
+def nic(tap: Tap, manner: Manner) -> Nic | None:
+    """The NIC behind a tap, with its MAC, of QEMU if its command line does not say; None if that does not, either."""
+    return _with_nic(tap, manner, with_mac=True).nic
+
+
 def check(tap: Tap, manner: Manner, *, allow_pause: bool) -> Tap:
     """The tap with what its guest asks for, unless that is known without asking; why not, where it cannot be asked."""
     tap = _with_used(_with_nic(tap, manner), manner)

@@ -197,7 +197,8 @@ def _bind(listener: socket.socket, path: Path) -> None:
 
     Raises OSError or BusyError.
     """
-    path.parent.mkdir(mode=0o755, exist_ok=True)
+    if path == SOCKET:
+        path.parent.mkdir(mode=0o755, exist_ok=True)
     if path.is_socket():
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
             other.setblocking(False)  # who has a full backlog listens, too
@@ -205,6 +206,9 @@ def _bind(listener: socket.socket, path: Path) -> None:
                 path.unlink()
         if path.exists():
             raise BusyError(f"somebody listens at {path} already")
-    listener.bind(os.fspath(path))
-    path.chmod(0o666)
+    umask = os.umask(0o111)
+    try:
+        listener.bind(os.fspath(path))
+    finally:
+        os.umask(umask)
     listener.listen(BACKLOG)

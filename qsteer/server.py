@@ -9,7 +9,8 @@ A client is who the kernel says that it is (SO_PEERCRED, SO_PEERGROUPS); the soc
 
 Nobody waits for anybody else's client.  All sockets are non-blocking; a client has ``timeout_s`` to send its request
 and as long to take the answer, and is dropped then; one user has ``clients_per_user`` of them at once, and the next one
-is told so and closed as soon as it is accepted.  What is made for a client that does not take it goes with its fds.
+is told so and closed as soon as it is accepted, as are those without a rule, who may come as many uids, once half of
+all places are taken.  What is made for a client that does not take it goes with its fds.
 
 An fd can be a trap: to close one of a file system in user space (FUSE) may wait for that user's process.  So none is
 received but the one that belongs to the request for a program, from a user whom a rule allows programs; it is looked at
@@ -48,6 +49,7 @@ ACCEPTED_AT_ONCE = 16
 """Then those that are accepted have their turn."""
 CLOSING = "qsteer-closing"
 """What the threads are called that close fds."""
+CLOSING_MOST = 16
 DEAF_S = 0.2
 """How long to accept nobody after the kernel would not: out of fds, say."""
 PROGRAMS_PER_S, PROGRAMS_AT_ONCE = 0.1, 1000
@@ -171,7 +173,7 @@ class Server:
         self.policy = policy
         self._listener, self._host, self._log = listener, host, _Log(say)
         self._clients: set[_Client] = set()
-        self._closing: dict[int, list[threading.Thread]] = {}
+        self._closing: list[tuple[int, threading.Thread]] = []
         self._programs: dict[int, Bucket] = {}
         self._deaf_until: float | None = None
         self._selector = selectors.DefaultSelector()
@@ -234,12 +236,15 @@ class Server:
         serve = self.policy.serve
         client = _Client(sock=sock, peer=peer, since=now, deadline=now + serve.timeout_s)
         self._selector.register(sock, selectors.EVENT_READ, functools.partial(self._attend, client))
-        full = len(self._clients) >= serve.clients
+        full = len(self._clients) >= (serve.clients if self._rules(peer) else serve.clients // 2)
         self._clients.add(client)
         if full:
             self._dismiss(client, BusyError("qsteer serve has too many clients", hint=_AGAIN))
         elif sum(other.peer.uid == peer.uid for other in self._clients) > serve.clients_per_user:
             self._dismiss(client, BusyError(f"uid {peer.uid} has too many requests at once", hint=_AGAIN))
+
+    def _rules(self, peer: Peer) -> tuple[Rule, ...]:
+        return access.rules_for(self.policy.grants, uid=peer.uid, gids=peer.gids)
 
     def _attend(self, client: _Client) -> None:
         """Go on with a client as far as that goes without waiting."""
@@ -283,7 +288,7 @@ class Server:
             return
         request = wire.decode_request(part)
         client.asked = _in_words(request)
-        rules = access.rules_for(self.policy.grants, uid=client.peer.uid, gids=client.peer.gids)
+        rules = self._rules(client.peer)
         if request.order:
             self._make(client, request.order, rules)
         elif request.what is wire.What.LIMITS:
@@ -315,10 +320,11 @@ class Server:
 
     def _take_fd(self, client: _Client) -> None:
         uid = client.peer.uid
-        closing = [thread for thread in self._closing.pop(uid, ()) if thread.is_alive()]
-        if closing:
-            self._closing[uid] = closing
+        self._closing = [(whose, thread) for whose, thread in self._closing if thread.is_alive()]
+        if any(whose == uid for whose, _ in self._closing):
             raise BusyError(f"an fd of uid {uid} that was no tap's is still being closed", hint=_AGAIN)
+        if len(self._closing) >= CLOSING_MOST:
+            raise BusyError("fds that were no tap's are still being closed", hint=_AGAIN)
         byte, fds, flags, _ = socket.recv_fds(client.sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
         if not byte:
             raise ConnectionResetError(errno.ECONNRESET, "hung up before its fd came")
@@ -344,7 +350,7 @@ class Server:
         """The name of the tap that a client's fd is a queue of.  Closes the fd."""
         if not self._host.is_tun(fd):
             thread = threading.Thread(target=_close, args=(fd,), name=CLOSING, daemon=True)
-            self._closing.setdefault(uid, []).append(thread)
+            self._closing.append((uid, thread))
             thread.start()
             raise UsageError("the fd that came with the request for a program is no queue of a tap")
         try:

@@ -4,14 +4,14 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qsteer import inventory, options, readings, render
 from qsteer.errors import PermissionDeniedError, QsteerError, UsageError, printable
-from qsteer.model import Inventory, Source, Tap
+from qsteer.model import Inventory, Nic, Source, Tap
 from qsteer.plan import Plan, plan_apply, plan_off
 from qsteer.selection import select
 from qsteer.state import Agrees, agrees, broken
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from qsteer.settings import Settings
 
 _Place = tuple[int, int, tuple[int, int] | None]
+
+_PIDS_SHOWN = 16
 
 DIFFERENCE = 7
 """The exit code of ``status --check`` where a guest does not get what it asks for."""
@@ -75,7 +77,8 @@ def apply(given: argparse.Namespace) -> int:
     settings = options.settings(given)
     intent = options.intent(given, settings)
 
-    answers = _ask(given, intent)
+    nics = _nics(given)
+    answers = _ask(given, intent, nics)
 
     def make_plan(tap: Tap) -> Plan:
         answer = answers.get(_place(tap), tap)
@@ -84,7 +87,7 @@ def apply(given: argparse.Namespace) -> int:
         told = replace(tap, nic=answer.nic or tap.nic, reading=answer.reading, unread=answer.unread)
         return plan_apply(told, intent(told))
 
-    return _change(given, "qsteer.apply/1", make_plan, _Saving(settings, intent) if given.save else None)
+    return _change(given, "qsteer.apply/1", make_plan, nics, _Saving(settings, intent) if given.save else None)
 
 
 class _Saving:
@@ -93,6 +96,15 @@ class _Saving:
     def __init__(self, given: "Settings", intent: "Intent") -> None:
         self._given, self._intent = given, intent
         self._saved: list[Tap] = []
+
+    def refuse_several_claimants(self, taps: Sequence[Tap]) -> None:
+        """A name on a command line can be forged, and what is saved goes by it.  Raises UsageError."""
+        claims = {(tap.vm_name, tap.vm.pid) for tap in inventory.fetch(strict=True).taps if tap.vm}
+        for tap in taps:
+            pids = sorted(pid for name, pid in claims if name is not None and name == tap.vm_name)
+            if len(pids) > 1:
+                told = ", ".join(map(str, pids[:_PIDS_SHOWN]))
+                raise UsageError(f'"{tap.vm_name}" is the name of several VMs (pids {told}): nothing is saved for it')
 
     def plan(self, tap: Tap) -> "File":
         """What would be saved.  Raises QsteerError if that cannot be."""
@@ -120,10 +132,26 @@ class _Saving:
         return [tap.name for tap, what in meant if wanted(now.settings(tap)) != what]
 
 
-def _ask(given: argparse.Namespace, intent: "Intent") -> dict[_Place, Tap | QsteerError]:
+def _nics(given: argparse.Namespace) -> dict[_Place, Nic]:
+    """What QEMUs say of NICs that their command lines do not have, where a NIC or a MAC is selected."""
+    selection = options.selection(given, required=True)
+    if not (selection.nics or selection.macs):
+        return {}
+    others, manner = replace(selection, nics=(), macs=()), options.manner(given)
+    taps = [tap for tap in inventory.fetch(strict=True).taps if tap.vm and others.matches(tap)]
+    return {_place(tap): nic for tap in taps if not selection.matches(tap) and (nic := readings.nic(tap, manner))}
+
+
+def _selected(given: argparse.Namespace, nics: Mapping[_Place, Nic]) -> tuple[Tap, ...]:
+    found = inventory.fetch(strict=True)
+    taps = tuple(replace(tap, nic=nics.get(_place(tap), tap.nic)) for tap in found.taps)
+    return select(replace(found, taps=taps), options.selection(given, required=True))
+
+
+def _ask(given: argparse.Namespace, intent: "Intent", nics: Mapping[_Place, Nic]) -> dict[_Place, Tap | QsteerError]:
     """What the guests say, or why they do not: a guest that takes its time must not keep others from the lock."""
     answers: dict[_Place, Tap | QsteerError] = {}
-    for tap in select(inventory.fetch(strict=True), options.selection(given, required=True)):
+    for tap in _selected(given, nics):
         try:
             answer = readings.complete(tap, (wanted := intent(tap)), options.manner(given))
             if wanted.identify and answer.nic != tap.nic:
@@ -146,6 +174,7 @@ def off(given: argparse.Namespace) -> int:
         given,
         "qsteer.off/1",
         lambda tap: plan_off(tap, replace_foreign=given.replace, expect=expect),
+        _nics(given),
     )
 
 
@@ -159,18 +188,23 @@ def _look(given: argparse.Namespace, *, strict: bool) -> Inventory:
 
 
 def _change(
-    given: argparse.Namespace, schema: str, make_plan: Callable[[Tap], Plan], saving: _Saving | None = None
+    given: argparse.Namespace,
+    schema: str,
+    make_plan: Callable[[Tap], Plan],
+    nics: Mapping[_Place, Nic],
+    saving: _Saving | None = None,
 ) -> int:
     """Fetch, compute, execute, save.  With several taps one that is refused does not stop the others."""
     from qsteer import execute, holds
 
-    selection = options.selection(given, required=True)
     failures: list[QsteerError] = []
     documents = []
     with contextlib.nullcontext() if given.dry_run else execute.lock(given.timeout):
         if not given.dry_run:
             holds.forget_ended()
-        taps = select(inventory.fetch(strict=True), selection)
+        taps = _selected(given, nics)
+        if saving:
+            saving.refuse_several_claimants(taps)
         for tap in taps:
             try:
                 plan = make_plan(tap)

@@ -45,11 +45,11 @@ class Vm:
 
 
 @contextlib.contextmanager
-def vm(name: str, held: Program | None = None) -> Iterator[Vm]:
-    """Started with a program of qsteer's, or without RSS."""
+def vm(name: str, held: Program | None = None, *, called: str = "") -> Iterator[Vm]:
+    """Started with a program of qsteer's, or without RSS; its name is its tap's, or what it is ``called``."""
     with support.tap(name, QUEUES) as tap:
         fds = ":".join(map(str, tap.open.fds))
-        argv = ["qemu-system-x86_64", "-name", name, "-netdev", f"tap,id=n0,fds={fds},vhost=off"]
+        argv = ["qemu-system-x86_64", "-name", called or name, "-netdev", f"tap,id=n0,fds={fds},vhost=off"]
         argv += ["-device", f"virtio-net-pci,netdev=n0,mq=on,rss={'on' if held else 'off'}"]
         stand_in = subprocess.Popen(
             [argv[0], "-c", _SLEEP, *argv[1:]],

@@ -212,6 +212,13 @@ def test_where_nothing_can_be_saved_the_tap_is_steered(folder: Path) -> None:
     private.unmount(str(folder))
 
 
+def test_nothing_is_saved_for_a_name_that_several_claim(folder: Path) -> None:
+    with standin.vm("qscf0") as vm, standin.vm("qscf1", called="qscf0"):
+        done = qsteer("apply", "--dev", "qscf1", "--equal", "3", "--save")
+        assert done.returncode == 2 and "the name of several VMs" in done.stderr
+        assert not (folder / "conf.d").exists() and program_of(vm) == 0
+
+
 def test_a_file_that_goes_over_what_is_saved_is_told(folder: Path) -> None:
     put(folder, "[[nic]]\ntable = [1, 2]\n", "conf.d/99.toml")
     with standin.vm("qscf0"):

@@ -217,7 +217,7 @@ def test_a_guest_that_is_offered_rss(tap: support.TapUnderTest, bridge: str) -> 
 def keep() -> Iterator[int]:
     """A process that looks like qsteer keep: what keep does is another test's."""
     code = "import time; print(flush=True); time.sleep(3600)"
-    process = subprocess.Popen((sys.executable, "-c", code, "qsteer", "keep"), stdout=subprocess.PIPE)
+    process = subprocess.Popen((sys.executable, "-c", code, "qsteer", "keep", "--all"), stdout=subprocess.PIPE)
     try:
         assert process.stdout and process.stdout.readline()
         yield process.pid

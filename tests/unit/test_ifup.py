@@ -10,7 +10,7 @@ import pytest
 
 from qsteer import ifup, qemuargs
 from qsteer.errors import UsageError
-from qsteer.ifupplan import Behind, behind, decide, is_keep, needs_version, warning
+from qsteer.ifupplan import Behind, behind, decide, is_keep_of, needs_version, warning
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "qsteer.8").read_text()
@@ -124,7 +124,10 @@ def test_the_line_names_who_steers_instead() -> None:
     ("line", "expected"),
     [
         ("/usr/local/bin/qsteer keep --all", True),
-        ("/usr/bin/python3 -I /usr/local/bin/qsteer keep", True),
+        ("/usr/bin/python3 -I /usr/local/bin/qsteer keep --all", True),
+        ("/usr/bin/python3 -I /usr/local/bin/qsteer keep --help", False),
+        ("qsteer keep --allow pause --vm=a", True),
+        ("qsteer keep --vm b --pid a", False),
         ("python3 -m qsteer keep --vm a", True),
         ("qsteer apply --vm keep", False),
         ("qsteer status", False),
@@ -134,7 +137,7 @@ def test_the_line_names_who_steers_instead() -> None:
     ],
 )
 def test_a_running_keep(line: str, expected: bool) -> None:
-    assert is_keep(line.split()) is expected
+    assert is_keep_of("a", line.split()) is expected
 
 
 @pytest.mark.parametrize("name", ["../x", "x" * 300, "", "a b", "a:b", ".", "..", "tap%d", "a\x1b[31m", "\udcff" * 16])

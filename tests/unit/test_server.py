@@ -223,9 +223,21 @@ def test_too_many_of_one_user_are_told_so_and_others_are_served(served: Served) 
             ask(other)
             served.until(lambda: served.server.clients == 4)
             assert wire.decode_tap(body(other)).queues == 4
-        for uid in (1, 2):
-            stack.enter_context(served.connect(Peer(pid=8, uid=uid, gids=frozenset())))
+        for _ in range(2):
+            stack.enter_context(served.connect(ROOT))
         assert "qsteer serve has too many" in str(refusal(stack.enter_context(served.connect(ROOT))))
+
+
+def test_those_without_a_rule_leave_half_of_the_places(served: Served) -> None:
+    with contextlib.ExitStack() as stack:
+        for uid in range(1, 4):
+            stack.enter_context(served.connect(Peer(pid=8, uid=uid, gids=frozenset())))
+        stranger = stack.enter_context(served.connect(Peer(pid=8, uid=9, gids=frozenset())))
+        assert "qsteer serve has too many" in str(refusal(stranger))
+        known = stack.enter_context(served.connect(ALICE))
+        ask(known)
+        served.until(lambda: served.host.made)
+        assert wire.decode_tap(body(known)).queues == 4
 
 
 def test_floods_are_told_by_their_number(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,7 +452,7 @@ def test_unknown_users_are_for_nobody() -> None:
 
 
 def test_a_path_to_listen_at(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "socket"
+    path = tmp_path / "socket"
     with serve.listening(path, {}) as listener:
         assert path.stat().st_mode & 0o777 == 0o666
         with pytest.raises(BusyError, match="somebody listens"), serve.listening(path, {}):
