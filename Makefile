@@ -40,7 +40,8 @@ ROOT_OF_INSTALL := $(DESTDIR)$(PREFIX)
 LIBRARY := $(ROOT_OF_INSTALL)/lib/qsteer
 COMMAND := $(ROOT_OF_INSTALL)/bin/qsteer
 # What is called from a shell, or by QEMU: name, module and function, as in pyproject.toml.
-COMMANDS := qsteer:qsteer.__main__:main qsteer-ifup:qsteer.ifup:main_up qsteer-ifdown:qsteer.ifup:main_down
+COMMANDS := qsteer:qsteer.__main__:main qsteer-ifup:qsteer.ifup:main_up qsteer-ifdown:qsteer.ifup:main_down \
+	qsteer-libvirt-hook:qsteer.libvirthook:main
 # Where the system looks for what is in $(LIBRARY): link=target, both without blanks.
 LINKS := \
 	bin/qsteer=../lib/qsteer/bin/qsteer \

@@ -128,9 +128,9 @@ class PrivateApt:
         )
         run("apt-get", *self._options, "update")
 
-    def fetch(self, package: str) -> tuple[Path, ...]:
-        """Download ``package`` and what it needs that the machine does not have; the .debs."""
-        run("apt-get", *self._options, "install", "-y", "--download-only", "--no-install-recommends", package)
+    def fetch(self, *packages: str) -> tuple[Path, ...]:
+        """Download ``packages`` and what they need that the machine does not have; the .debs."""
+        run("apt-get", *self._options, "install", "-y", "--download-only", "--no-install-recommends", *packages)
         return tuple(sorted(self._archives.glob("*.deb")))
 
     def fetch_only(self, *packages: str) -> tuple[Path, ...]:

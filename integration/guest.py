@@ -34,6 +34,7 @@ from tests.kernel.support import PATIENCE
 ACCEL = os.environ.get("QSTEER_ACCEL", "tcg")
 """QEMU's accelerator; tcg runs everywhere, and what is tested here does not depend on it."""
 VCPUS = 4
+KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 random.trust_cpu=on"
 BOOT_TIMEOUT_S = 120.0 * PATIENCE
 COMMAND_TIMEOUT_S = 30.0 * PATIENCE
 
@@ -62,73 +63,36 @@ def as_user(user: str) -> tuple[str, ...]:
     return ("setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--clear-groups", "--inh-caps=-all", "--")
 
 
-class Guest:
-    """One guest; a context manager that starts it, and ends it.
+class Console:
+    """The commands of a guest that was started somehow, over its second serial port, which connects to ``control``.
 
-    ``prefix`` is what starts QEMU (``qsteer run ... --``, ``as_user(...)``), ``arguments`` are QEMU's, beyond those
-    that every guest here has; ``user`` is whom QEMU runs as in the end.  Entering does not wait for the guest to boot:
-    ``wait_ready`` does, so that several can boot at once.  Raises GuestError.
+    Files of the guest, logs among them, are in ``folder``, which is the user's that QEMU runs as.
     """
 
-    def __init__(
-        self,
-        files: Provisioned,
-        *,
-        name: str,
-        arguments: Sequence[str] = (),
-        prefix: Sequence[str] = (),
-        user: str = "root",
-        pass_fds: Sequence[int] = (),
-        accel: str = ACCEL,
-    ) -> None:
+    folder: Path
+
+    def __init__(self, name: str) -> None:
         self.name = name
-        self._files = files
-        self._prefix = prefix
-        self._arguments = arguments
-        self._user = user
-        self._pass_fds = pass_fds
-        self._accel = accel
         self._number = 0
         self._pending = b""
         self._open = contextlib.ExitStack()
 
-    def __enter__(self) -> Self:
-        self.folder = Path(tempfile.mkdtemp(prefix=f"qsteer-{self.name}-"))
-        owner = pwd.getpwnam(self._user)
-        os.chown(self.folder, owner.pw_uid, owner.pw_gid)
-        with contextlib.ExitStack() as undo:
-            undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
-            self._listener = undo.enter_context(socket.socket(socket.AF_UNIX))
-            self._listener.bind(str(self.folder / "control"))
-            os.chown(self.folder / "control", owner.pw_uid, owner.pw_gid)
-            self._listener.listen(1)
-            with (self.folder / "qemu.log").open("wb") as log:
-                self._process = subprocess.Popen(
-                    [*self._prefix, str(self._files.qemu), *self._standard(), *self._arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=self._pass_fds,
-                    start_new_session=True,
-                )
-            undo.callback(self._end)
-            pidfd = os.pidfd_open(self._process.pid)
-            self._watcher = subprocess.Popen(
-                [sys.executable, "-IS", "-c", _WATCHER, str(pidfd)],
-                stdin=subprocess.PIPE,
-                pass_fds=(pidfd,),
-                start_new_session=True,
-            )
-            os.close(pidfd)
-            undo.pop_all()
-        return self
+    @property
+    def control(self) -> Path:
+        """The unix socket that QEMU connects the second serial port to."""
+        return self.folder / "control"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._watcher.kill()
-        self._watcher.communicate()
-        self._end()
+    def _listen(self, user: str, undo: contextlib.ExitStack) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix=f"qsteer-{self.name}-"))
+        owner = pwd.getpwnam(user)
+        os.chown(self.folder, owner.pw_uid, owner.pw_gid)
+        undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        self._listener = undo.enter_context(socket.socket(socket.AF_UNIX))
+        self._listener.bind(str(self.control))
+        os.chown(self.control, owner.pw_uid, owner.pw_gid)
+        self._listener.listen(1)
+
+    def _close(self, error: BaseException | None) -> None:
         self._listener.close()
         self._open.close()
         if error is None:
@@ -136,51 +100,18 @@ class Guest:
         else:
             print(f"guest {self.name}: logs kept in {self.folder}", file=sys.stderr)
 
-    def _end(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def _standard(self) -> tuple[str, ...]:
-        return (
-            *(
-                "-name",
-                self.name,
-                "-accel",
-                self._accel,
-                "-smp",
-                str(VCPUS),
-                "-m",
-                "256",
-                "-nodefaults",
-                "-no-user-config",
-            ),
-            *("-display", "none", "-kernel", str(self._files.kernel), "-initrd", str(self._files.initramfs)),
-            *("-append", "console=ttyS0 quiet panic=-1 random.trust_cpu=on", "-no-reboot"),
-            *("-global", "virtio-net-pci.romfile="),  # no network boot: it would cost a second
-            *("-serial", f"file:{self.folder / 'console.log'}"),
-            *("-chardev", f"socket,id=control,path={self.folder / 'control'}", "-serial", "chardev:control"),
-            *("-chardev", f"socket,id=qmp,path={self.qmp},server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
-        )
-
-    @property
-    def qmp(self) -> Path:
-        """QEMU's QMP socket, for one client at a time."""
-        return self.folder / "qmp"
-
-    @property
-    def pid(self) -> int:
-        """QEMU's process, once the guest is ready."""
-        return self._process.pid
-
-    def credentials(self) -> tuple[int, str]:
-        """QEMU's effective uid and its effective capabilities (16 hexadecimal digits), from the kernel."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-        return int(fields["Uid"].split()[1]), fields["CapEff"]
+    def _ended(self) -> str:
+        """How QEMU ended, "" while it runs."""
+        raise NotImplementedError
 
     def wait_ready(self, timeout_s: float = BOOT_TIMEOUT_S) -> None:
         """Until the guest takes commands."""
         deadline = time.monotonic() + timeout_s
+        self._accept(deadline)
+        self._collect(deadline - time.monotonic())
+
+    def _accept(self, deadline: float) -> None:
+        """Until QEMU has connected the port."""
         # QEMU may end without ever connecting: look at it now and then.
         self._listener.settimeout(0.2)
         while True:
@@ -189,18 +120,10 @@ class Guest:
                 self._open.enter_context(self._socket)
                 break
             except TimeoutError:
-                if self._process.poll() is not None:
-                    raise GuestError(self._story(f"exit status {self._process.returncode}")) from None
+                if ended := self._ended():
+                    raise GuestError(self._story(ended)) from None
                 if time.monotonic() > deadline:
                     raise GuestError(self._story("QEMU did not start in time")) from None
-        self._collect(deadline - time.monotonic())
-
-    def reset(self, timeout_s: float = BOOT_TIMEOUT_S) -> None:
-        """What the reset button does; until the guest takes commands again."""
-        qmp.execute(str(self.qmp), "set-action", {"reboot": "reset"})
-        qmp.execute(str(self.qmp), "system_reset")
-        self._number = 0
-        self._collect(timeout_s)
 
     def run(self, command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """A shell command's output.  Raises GuestError unless its exit status is 0."""
@@ -283,3 +206,105 @@ class Guest:
             if path.exists() and (words := path.read_text(errors="replace").strip()):
                 return f"guest {self.name}: {what}: {' / '.join(words.splitlines()[-3:])}"
         return f"guest {self.name}: {what}"
+
+
+class Guest(Console):
+    """One guest; a context manager that starts it, and ends it.
+
+    ``prefix`` is what starts QEMU (``qsteer run ... --``, ``as_user(...)``), ``arguments`` are QEMU's, beyond those
+    that every guest here has; ``user`` is whom QEMU runs as in the end.  Entering does not wait for the guest to boot:
+    ``wait_ready`` does, so that several can boot at once.  Raises GuestError.
+    """
+
+    def __init__(
+        self,
+        files: Provisioned,
+        *,
+        name: str,
+        arguments: Sequence[str] = (),
+        prefix: Sequence[str] = (),
+        user: str = "root",
+        pass_fds: Sequence[int] = (),
+        accel: str = ACCEL,
+    ) -> None:
+        super().__init__(name)
+        self._files = files
+        self._prefix = prefix
+        self._arguments = arguments
+        self._user = user
+        self._pass_fds = pass_fds
+        self._accel = accel
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as undo:
+            self._listen(self._user, undo)
+            with (self.folder / "qemu.log").open("wb") as log:
+                self._process = subprocess.Popen(
+                    [*self._prefix, str(self._files.qemu), *self._standard(), *self._arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=self._pass_fds,
+                    start_new_session=True,
+                )
+            undo.callback(self._end)
+            pidfd = os.pidfd_open(self._process.pid)
+            self._watcher = subprocess.Popen(
+                [sys.executable, "-IS", "-c", _WATCHER, str(pidfd)],
+                stdin=subprocess.PIPE,
+                pass_fds=(pidfd,),
+                start_new_session=True,
+            )
+            os.close(pidfd)
+            undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._watcher.kill()
+        self._watcher.communicate()
+        self._end()
+        self._close(error)
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _ended(self) -> str:
+        return "" if self._process.poll() is None else f"exit status {self._process.returncode}"
+
+    def _standard(self) -> tuple[str, ...]:
+        return (
+            *("-name", self.name, "-accel", self._accel, "-smp", str(VCPUS), "-m", "256"),
+            *("-nodefaults", "-no-user-config"),
+            *("-display", "none", "-kernel", str(self._files.kernel), "-initrd", str(self._files.initramfs)),
+            *("-append", KERNEL_ARGUMENTS, "-no-reboot"),
+            *("-global", "virtio-net-pci.romfile="),  # no network boot: it would cost a second
+            *("-serial", f"file:{self.folder / 'console.log'}"),
+            *("-chardev", f"socket,id=control,path={self.control}", "-serial", "chardev:control"),
+            *("-chardev", f"socket,id=qmp,path={self.qmp},server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
+        )
+
+    @property
+    def qmp(self) -> Path:
+        """QEMU's QMP socket, for one client at a time."""
+        return self.folder / "qmp"
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process, once the guest is ready."""
+        return self._process.pid
+
+    def credentials(self) -> tuple[int, str]:
+        """QEMU's effective uid and its effective capabilities (16 hexadecimal digits), from the kernel."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        return int(fields["Uid"].split()[1]), fields["CapEff"]
+
+    def reset(self, timeout_s: float = BOOT_TIMEOUT_S) -> None:
+        """What the reset button does; until the guest takes commands again."""
+        qmp.execute(str(self.qmp), "set-action", {"reboot": "reset"})
+        qmp.execute(str(self.qmp), "system_reset")
+        self._number = 0
+        self._collect(timeout_s)

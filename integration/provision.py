@@ -96,7 +96,7 @@ def provision_old_qemu() -> Path:
     if _works(wrapper):
         return wrapper
     apt.refresh_lists(QEMU_PACKAGE)
-    old_enough = _upstream(apt.candidate(QEMU_PACKAGE)) < QEMU_OLDEST
+    old_enough = upstream(apt.candidate(QEMU_PACKAGE)) < QEMU_OLDEST
     return _unpack_qemu(wrapper, suite="" if old_enough else GUEST_SUITE)
 
 
@@ -269,7 +269,7 @@ def _qemu() -> Path:
         return wrapper
     apt.refresh_lists(QEMU_PACKAGE)
     available = apt.candidate(QEMU_PACKAGE)
-    new_enough = _upstream(available) >= QEMU_OLDEST
+    new_enough = upstream(available) >= QEMU_OLDEST
     if not installed and new_enough and os.geteuid() == 0:
         apt.install_packages((QEMU_PACKAGE,))
         return _tool(QEMU_COMMAND)
@@ -299,7 +299,7 @@ def _works(wrapper: Path) -> bool:
     return wrapper.exists() and not subprocess.run([wrapper, "--version"], capture_output=True).returncode
 
 
-def _upstream(debian_version: str) -> tuple[int, ...]:
+def upstream(debian_version: str) -> tuple[int, ...]:
     """``1:10.0.2+ds-2`` as (10, 0, 2)."""
     found = re.match(r"(?:\d+:)?(\d+(?:\.\d+)*)", debian_version)
     return tuple(int(part) for part in found[1].split(".")) if found else ()

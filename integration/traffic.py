@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from integration.guest import Guest, GuestError
+from integration.guest import Console, GuestError
 from qsteer.reference import queue_of
 from qsteer.rss import RssConfig
 from tests.kernel.support import PATIENCE
@@ -127,7 +127,9 @@ def bring_up(tap: str) -> None:
     flags.write_text(hex(int(flags.read_text(), 16) | _IFF_UP))
 
 
-def follow(guest: Guest, tap: str, flowrx: Path, *, queues: int, flows: int = FLOWS, device: str = "eth0") -> Sighting:
+def follow(
+    guest: Console, tap: str, flowrx: Path, *, queues: int, flows: int = FLOWS, device: str = "eth0"
+) -> Sighting:
     """Send ``flows`` flows through ``tap`` and see where each goes; lost ones again, up to ROUNDS times.
 
     ``queues`` is the number of queues that the device has.  Raises GuestError.
@@ -170,7 +172,7 @@ def verify(sighting: Sighting, config: RssConfig, *, queues: int, active: int = 
     )
 
 
-def _send(guest: Guest, tap: str, frames: Sequence[bytes]) -> str:
+def _send(guest: Console, tap: str, frames: Sequence[bytes]) -> str:
     """Send, a window at a time; flowrx's report, which comes early when packets are lost."""
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
         sender.bind((tap, 0))

@@ -183,7 +183,47 @@ def parser() -> argparse.ArgumentParser:
     )
     check.add_argument("file", nargs="*", metavar="FILE", help="default: those of /etc/qsteer (QSTEER_CONFIG)")
     check.set_defaults(verb="config_check")
+    _add_libvirt(verbs, common, change, output)
     return top
+
+
+def _add_libvirt(verbs: Any, common: _Parser, change: _Parser, output: _Parser) -> None:
+    noun = verbs.add_parser(
+        "libvirt", help="libvirt's hook, and the policies in its domains", description="For hosts with libvirt."
+    )
+    nouns = noun.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+
+    def verb(name: str, text: str, *parents: _Parser) -> _Parser:
+        added: _Parser = nouns.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[common, *parents], epilog=_EXIT_CODES
+        )
+        added.set_defaults(verb=f"libvirt_{name}")
+        return added
+
+    added = verb("install", "have libvirt call qsteer when domains start (hooks/qemu.d)", change)
+    added.add_argument("--uninstall", action="store_true", help="take the hook away again")
+    verb("uninstall", "take the hook away again", change)
+
+    domain = _Parser(add_help=False)
+    domain.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
+    domain.add_argument("--connect", metavar="URI", help="as for virsh")
+    verb("show", "show what a domain's policy, and the configuration, want of its NICs", domain, output)
+
+    added = verb("set", "change the policy in a domain's metadata", domain, change, output)
+    which = added.add_mutually_exclusive_group()
+    which.add_argument("--nic", metavar="ALIAS", help="of this NIC; default: of every NIC")
+    which.add_argument("--mac", type=_mac, metavar="MAC", help="of the NIC with this address")
+    added.add_argument("--source", choices=SOURCES, help="where the configuration comes from")
+    added.add_argument("--engine", choices=("auto", "ebpf"), help="what steers")
+    _add_static(added)
+    text = "what qsteer may do to the VM, if the configuration lets policies ask for it"
+    added.add_argument("--allow", type=_allowed, metavar="pause", help=text)
+    need = added.add_mutually_exclusive_group()
+    text = "no steering, no start"
+    need.add_argument("--required", action="store_true", default=None, help=text)
+    need.add_argument("--best-effort", dest="required", action="store_false", help="start without it, too")
+    added.add_argument("--clear", action="store_true", help="take what it says away")
+    added.set_defaults(replace=None, force=None)
 
 
 def _add_static(parser: _Parser) -> None:
@@ -202,6 +242,15 @@ def _pid(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 1 << 22:
         raise argparse.ArgumentTypeError(f'"{text}" is not a process id')
     return int(text)
+
+
+def _mac(text: str) -> str:
+    from qsteer.selection import Selection
+
+    try:
+        return Selection(macs=(text,)).macs[0]
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _bus(text: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qsteer.errors import UsageError
-from qsteer.settings import Config, Serve
+from qsteer.settings import Config, Libvirt, Serve
 
 if TYPE_CHECKING:
     from qsteer.configtext import Mistake, Parsed
@@ -54,12 +54,12 @@ def load(where: Path | None = None) -> Config:
     if mistakes:
         more = f"; {len(mistakes) - 1} more: qsteer config check" if len(mistakes) > 1 else ""
         raise ConfigError(str(mistakes[0]), hint=(mistakes[0].hint + more).removeprefix("; "))
-    serve = Serve()
-    if said := {field: value for one in parsed for field, value in one.serve.items()}:
-        serve = Serve(**said)
+    serve = {field: value for one in parsed for field, value in one.serve.items()}
+    libvirt = {field: value for one in parsed for field, value in one.libvirt.items()}
     return Config(
         entries=tuple(entry for one in parsed for entry in one.entries),
-        serve=serve,
+        serve=Serve(**serve),
+        libvirt=Libvirt(**libvirt),
         rules=tuple(rule for one in parsed for rule in one.rules),
     )
 
@@ -173,7 +173,7 @@ def _why_not_trusted(about: os.stat_result) -> tuple[str, ...]:
 def _nothing(*mistakes: "Mistake") -> "Parsed":
     from qsteer.configtext import Parsed
 
-    return Parsed(serve={}, mistakes=mistakes)
+    return Parsed(serve={}, libvirt={}, mistakes=mistakes)
 
 
 def _mistake(path: Path, message: str, hint: str = "", *, line: int = 0) -> "Mistake":

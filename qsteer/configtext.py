@@ -13,7 +13,7 @@ from qsteer.errors import UsageError
 from qsteer.model import Source
 from qsteer.plan import Static
 from qsteer.runplan import MTU_MAX, MTU_MIN, QUEUES_MAX, Rss, Vhost
-from qsteer.settings import AUTO, Entry, Match, Settings
+from qsteer.settings import AUTO, METADATA_WORDS, Entry, Match, Settings
 
 PATTERN_MAX = 1024
 """Longest pattern, in characters."""
@@ -49,10 +49,11 @@ class Mistake:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parsed:
-    """One file.  ``serve`` are the fields of ``settings.Serve`` that it sets."""
+    """One file.  ``serve`` and ``libvirt`` are those fields of ``settings.Serve`` and ``Libvirt`` that it sets."""
 
     entries: tuple[Entry, ...] = ()
     serve: Mapping[str, Any]
+    libvirt: Mapping[str, Any]
     rules: tuple[Rule, ...] = ()
     mistakes: tuple[Mistake, ...] = ()
 
@@ -84,6 +85,7 @@ class _Reader:
         self._places: dict[tomlplaces.Path, int] | None = None
         self._entries: list[Entry] = []
         self._serve: dict[str, Any] = {}
+        self._libvirt: dict[str, Any] = {}
         self._rules: list[Rule] = []
         self._mistakes: list[Mistake] = []
 
@@ -91,6 +93,7 @@ class _Reader:
         return Parsed(
             entries=tuple(self._entries),
             serve=self._serve,
+            libvirt=self._libvirt,
             rules=tuple(self._rules),
             mistakes=tuple(sorted(self._mistakes, key=lambda mistake: mistake.line)),
         )
@@ -114,8 +117,11 @@ class _Reader:
                     self._nic(path, table)
             elif key == "serve":
                 self._read_serve((key,), value)
+            elif key == "libvirt":
+                if self._is_table((key,), value):
+                    self._libvirt = self._fields((key,), value, _LIBVIRT)
             else:
-                self._unknown((key,), ("nic", "serve"))
+                self._unknown((key,), ("libvirt", "nic", "serve"))
 
     def _nic(self, path: tomlplaces.Path, table: Mapping[str, Any]) -> None:
         before = len(self._mistakes)
@@ -151,13 +157,17 @@ class _Reader:
         )
 
     def _read_serve(self, path: tomlplaces.Path, value: Any) -> None:
-        if not isinstance(value, dict):
-            self._wrong(path, f"serve: a table is wanted, not {_shown(value)}", "[serve]")
+        if not self._is_table(path, value):
             return
         said = self._fields(path, value, _SERVE, apart=("allow",))
         self._serve = {_SERVE_FIELDS[key]: number for key, number in said.items()}
         for place, table in self._tables((*path, "allow"), value.get("allow", [])):
             self._rule(place, table)
+
+    def _is_table(self, path: tomlplaces.Path, value: Any) -> bool:
+        if not isinstance(value, dict):
+            self._wrong(path, f"{path[-1]}: a table is wanted, not {_shown(value)}", f"[{path[-1]}]")
+        return isinstance(value, dict)
 
     def _rule(self, path: tomlplaces.Path, table: Mapping[str, Any]) -> None:
         before = len(self._mistakes)
@@ -402,6 +412,10 @@ _NIC: dict[str, Check] = {
     "required": _truth,
 }
 _MATCH: dict[str, Check] = {"vm": _patterns, "nic": _patterns, "mac": _macs, "dev": _patterns, "bridge": _patterns}
+_LIBVIRT: dict[str, Check] = {
+    "steer": _choice("all", "policy"),
+    "metadata": lambda value: _each(value, _choice(*METADATA_WORDS)),
+}
 _SERVE: dict[str, Check] = {
     "clients": _whole(1, CLIENTS_MAX),
     "clients-per-user": _whole(1, CLIENTS_MAX),

@@ -13,7 +13,7 @@ without its steering, or to who adds its tap to the bridge by hand.  A step that
 too, if the start fails; that matters on a tap that is persistent, any other goes with QEMU.  A configuration with a
 mistake is left out, as if there were none.
 
-No step waits for long: LOCK_S for another qsteer, VERSION_S for ``QEMU --version``, and the kernel.
+No step waits for long: LOCK_S for another qsteer, ``others.VERSION_S`` for ``QEMU --version``, and the kernel.
 
 ``qsteer-ifdown TAP`` is run when the netdev goes, with the first queue still open.  A tap that is persistent loses what
 qsteer attached, and leaves the bridge that qsteer-ifup put it into.  It fails nothing: QEMU does not listen any more.
@@ -25,18 +25,16 @@ import argparse
 import contextlib
 import logging
 import os
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qsteer import execute, holds, kernel, namespaces, procs, programs, qemuargs, runplan
+from qsteer import execute, holds, kernel, namespaces, others, procs, programs, runplan
 from qsteer.attached import Programs
 from qsteer.errors import ConflictError, NotFoundError, QsteerError, UnsupportedError, UsageError, printable
-from qsteer.ifupplan import Behind, Decision, behind, decide, is_keep_of, needs_version, warning
+from qsteer.ifupplan import Behind, Decision, behind, decide, needs_version, warning
 from qsteer.model import Kind, Nic, OpenQueue, Process, Source, Tap
 from qsteer.plan import Detach, Plan, Static, Wanted, describe, plan_apply
 from qsteer.settings import Settings
@@ -45,14 +43,11 @@ if TYPE_CHECKING:
     from qsteer.links import Link
 
 LOCK_S = 5.0
-VERSION_S = 2.0
 
 _ANCESTORS_MAX = 5
 """Between QEMU and this there may be a user's own script."""
-_CMDLINE_START = 4096
 _QUEUES_LEAST = 2
 """What a multi-queue tap is going to have at least, where QEMU's command line does not tell."""
-_VERSION = re.compile(rb"QEMU emulator version (\d{1,4})\.(\d{1,4})")
 
 log = logging.getLogger(__name__)
 
@@ -202,10 +197,10 @@ def _up(options: argparse.Namespace) -> None:
         _say(error, "the configuration is left out: ")
         settings = Settings(bridge=options.bridge)
     required = options.required or bool(settings.required)
-    asking = _asked_for_version(call.qemu.pid) if needs_version(call.behind) else contextlib.nullcontext()
+    asking = others.asked_for_version(call.qemu.pid) if needs_version(call.behind) else contextlib.nullcontext()
     with asking as asked, contextlib.ExitStack() as undo:
         with _may_fail(f"{call.tap} is not steered: ", undo, required=required) as step:
-            _steer(call, decide(call.behind, _version(asked)), settings.static, step, required=required)
+            _steer(call, decide(call.behind, others.version(asked)), settings.static, step, required=required)
         with _may_fail(f"{call.tap} is not set up: ", undo, required=required) as step:
             _set_up(call, settings.bridge or "", settings.mtu, step)
         undo.pop_all()
@@ -239,7 +234,8 @@ def _steer(
     if decision.attach and not _attach(call, static, undo):
         return
     if decision.lost:
-        keep_pid = _keep_pid(_vm_name(call.qemu))
+        vm = _vm_name(call.qemu)
+        keep_pid = others.keep_of((vm,) if vm else ())
         told = f"{call.tap}: {warning(decision, keep_pid)}"
         if required and not decision.attach and not keep_pid:
             raise UnsupportedError(f"{told}; steering is required")
@@ -349,48 +345,6 @@ def _put_link_back(link: "Link") -> None:
 
     with contextlib.suppress(QsteerError):
         links.configure(link.name, mac=link.mac, mtu=link.mtu, bridge_index=link.bridge_index or 0, up=link.up)
-
-
-@contextlib.contextmanager
-def _asked_for_version(pid: int) -> Iterator[subprocess.Popen[bytes] | None]:
-    """The very program that runs, asked in the background; None where that is run by something else, a loader, say."""
-    path = f"/proc/{pid}/exe"
-    asked = None
-    with contextlib.suppress(OSError):
-        # Not where the link leads: that may be another program by now.
-        if qemuargs.is_qemu_name(os.readlink(path).removesuffix(" (deleted)")):  # noqa: PTH115
-            asked = subprocess.Popen(
-                (path, "--version"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            )
-    try:
-        yield asked
-    finally:
-        if asked:
-            asked.kill()
-            asked.communicate()
-
-
-def _version(asked: subprocess.Popen[bytes] | None) -> tuple[int, int] | None:
-    if not asked:
-        return None
-    try:
-        found = _VERSION.search(asked.communicate(timeout=VERSION_S)[0])
-    except subprocess.TimeoutExpired:
-        return None
-    return (int(found[1]), int(found[2])) if found else None
-
-
-def _keep_pid(vm: str | None) -> int | None:
-    """The process of a ``qsteer keep`` of root's, or of this user's, that keeps a VM, if one runs."""
-    with os.scandir("/proc") as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                if entry.name.isdecimal() and entry.stat().st_uid in (0, os.geteuid()):
-                    with Path(entry.path, "cmdline").open("rb") as file:
-                        start = file.read(_CMDLINE_START)
-                    if is_keep_of(vm, qemuargs.split_cmdline(start)):
-                        return int(entry.name)
-    return None
 
 
 def _down(options: argparse.Namespace) -> None:

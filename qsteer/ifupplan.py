@@ -13,9 +13,7 @@ The script is told the tap's name alone.  Which netdev it is for shows where tha
 one all that may be meant have to be alike.  What the command line does not have was plugged in later.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from qsteer.nics import VmNics
 from qsteer.qemuargs import Netdev, QemuArgs
@@ -25,9 +23,6 @@ DRIVER_TAKES_OFF_BEFORE = (9, 1)
 state for RSS"); 7.2 was seen to take it off, 10.0 was not."""
 VHOST_TAKES_OFF = (10, 1)
 """The first QEMU that takes a program off a tap as it makes a NIC with vhost."""
-
-_WORDS_BEFORE_VERB = 5
-"""``python -I -m qsteer keep``, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,11 +116,3 @@ def warning(decision: Decision, keep_pid: int | None) -> str:
     else:
         then = "it takes qsteer keep"
     return f"{what} {decision.lost}: {then}"
-
-
-def is_keep_of(vm: str | None, argv: Sequence[str]) -> bool:
-    """Whether a command line is that of a ``qsteer keep`` that keeps every VM, or this one; it can be forged."""
-    names = [word.rpartition("/")[2] for word in argv[:_WORDS_BEFORE_VERB]]
-    if not any(words == ("qsteer", "keep") for words in pairwise(names)):
-        return False
-    return "--all" in argv or (vm is not None and (("--vm", vm) in pairwise(argv) or f"--vm={vm}" in argv))

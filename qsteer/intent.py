@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""What is wanted of each tap: the options of a command over the configuration."""
+"""What is wanted of each tap: the options of a command over its libvirt domain's policy over the configuration."""
 
-from qsteer import config, settings
+from collections.abc import Callable
+
+from qsteer import config, domainpolicy, settings
 from qsteer.bridges import Bridges
+from qsteer.domainpolicy import Policy
 from qsteer.model import Tap
 from qsteer.plan import Wanted
 from qsteer.settings import Config, Settings
@@ -11,10 +14,11 @@ _REMEMBERED_MAX = 4096
 
 
 class Intent:
-    """For ``apply`` and ``keep``.
+    """For ``apply``, ``keep`` and libvirt's hook.
 
     ``given`` are the options; ``if_absent``, ``expect`` and ``refresh`` are of one command, and of no configuration.
-    ``identify`` wants every NIC to be known.  Reads the configuration; raises ConfigError.
+    ``identify`` wants every NIC to be known.  Reads the configuration with ``load``; raises what that raises,
+    ConfigError.
     """
 
     def __init__(
@@ -25,14 +29,15 @@ class Intent:
         expect: str | None = None,
         refresh: bool = False,
         identify: bool = False,
+        load: Callable[[], Config] = config.load,
     ) -> None:
-        self._given = given
+        self._given, self._load = given, load
         self._if_absent, self._expect, self._refresh, self._identify = if_absent, expect, refresh, identify
         self.reload()
 
     def reload(self) -> None:
         """Read the configuration again.  Raises ConfigError, and goes on with the one of before."""
-        self.config: Config = config.load()
+        self.config: Config = self._load()
         self._by_nic = self._identify or self.config.matches_on("nic")
         self._by_mac = self.config.matches_on("mac")
         self._bridges = Bridges() if self.config.matches_on("bridge") else None
@@ -44,7 +49,8 @@ class Intent:
         Where it takes to know the NIC and that is not known, ``identify`` of it says so.
         """
         nic, bridge = tap.nic, self._bridges.of(tap) if self._bridges else None
-        names = (tap.vm_name, nic and (nic.id, nic.netdev, nic.mac), tap.name, bridge, tap.vm is not None)
+        nic_names = nic and (nic.id, nic.netdev, nic.mac)
+        names = (tap.vm_name, nic_names, tap.name, bridge, tap.vm is not None, _policy(tap))
         if names not in self._remembered:
             # Who may start processes may make up any number of names.
             if len(self._remembered) >= _REMEMBERED_MAX:
@@ -56,8 +62,15 @@ class Intent:
         """The settings of one tap, options and all."""
         return self._settings(tap, self._bridges.of(tap) if self._bridges else None)
 
+    def refused(self, tap: Tap) -> tuple[str, ...]:
+        """The words of the domain's policy that the configuration does not let count."""
+        return self._by_policy(tap)[1]
+
     def _of(self, tap: Tap, bridge: str | None) -> Wanted:
-        unknown = (self._by_nic and not tap.nic) or (self._by_mac and not (tap.nic and tap.nic.mac))
+        policy = _policy(tap)
+        by_nic = self._by_nic or (policy is not None and policy.matches_on("alias"))
+        by_mac = self._by_mac or (policy is not None and policy.matches_on("mac"))
+        unknown = (by_nic and not tap.nic) or (by_mac and not (tap.nic and tap.nic.mac))
         return settings.wanted(
             self._settings(tap, bridge),
             if_absent=self._if_absent,
@@ -67,12 +80,23 @@ class Intent:
         )
 
     def _settings(self, tap: Tap, bridge: str | None) -> Settings:
-        nic = tap.nic
         below = self.config.settings(
-            vm=tap.vm_name,
-            nics=tuple(name for name in (nic.id, nic.netdev) if name) if nic else (),
-            mac=nic.mac if nic else None,
-            dev=tap.name,
-            bridge=bridge,
+            vm=tap.vm_name, nics=_ids(tap), mac=tap.nic.mac if tap.nic else None, dev=tap.name, bridge=bridge
         )
-        return settings.fold((below, self._given))
+        return settings.fold((below, self._by_policy(tap)[0], self._given))
+
+    def _by_policy(self, tap: Tap) -> tuple[Settings, tuple[str, ...]]:
+        policy = _policy(tap)
+        if policy is None:
+            return Settings(), ()
+        said = policy.settings(_ids(tap), tap.nic.mac if tap.nic else None)
+        return domainpolicy.limited(said, self.config.libvirt.metadata)
+
+
+def _policy(tap: Tap) -> Policy | None:
+    return tap.domain.policy if tap.domain else None
+
+
+def _ids(tap: Tap) -> tuple[str, ...]:
+    """Of the NIC and of its netdev."""
+    return tuple(name for name in (tap.nic.id, tap.nic.netdev) if name) if tap.nic else ()

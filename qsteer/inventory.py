@@ -18,12 +18,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from qsteer import holds, kernel, namespaces, tuns
+from qsteer import holds, kernel, libvirt, namespaces, tuns
 from qsteer.attached import Programs
 from qsteer.errors import QsteerError
-from qsteer.model import Inventory, OpenQueue, Process, ProgramInfo, Tap
+from qsteer.model import Domain, Inventory, OpenQueue, Process, ProgramInfo, Tap
 from qsteer.tuns import Tun
-from qsteer.vms import Vms, several
+from qsteer.vms import Vms, every, several
 
 _Place = tuple[int, int]
 """A network namespace's inode number, and an ifindex in it."""
@@ -47,7 +47,7 @@ def fetch(*, strict: bool = True) -> Inventory:
             raise
         queues = None
         notes.append(_why_unseen(error))
-    vms = Vms({queue.pid for queue in queues or ()})
+    vms = every({queue.pid for queue in queues or ()})
     notes += vms.notes
     if queues is None:
         taps = tuple(_taps_unseen(devices, names, vms))
@@ -84,9 +84,19 @@ def fetch_again(before: Inventory) -> Inventory:
     if changed:
         names = namespaces.named()
         names.pop(namespaces.own(), None)
-        vms = Vms({queue.pid for group in changed for queue in group})
+        vms = every({queue.pid for group in changed for queue in group})
         same += _taps_held(changed, names, vms, _taps_of(groups))
     return replace(before, taps=tuple(sorted(same, key=lambda tap: (tap.netns, tap.ifindex))))
+
+
+def of_domain(process: Process, domain: Domain) -> tuple[Tap, ...]:
+    """The taps that the QEMU of one libvirt domain has open, looking at nothing else of the host.
+
+    Raises QsteerError where the kernel does not let qsteer look.
+    """
+    groups = _by_tap(kernel.open_queues(process.pid))
+    vms = Vms({process.pid: process}, lambda _: libvirt.Found(domains={process.pid: domain}))
+    return tuple(_taps_held(groups, {}, vms, _taps_of(groups)))
 
 
 def _by_tap(queues: Iterable[OpenQueue]) -> list[tuple[OpenQueue, ...]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Running libvirt domains, from libvirt's own status files: libvirt itself is never called.
+"""libvirt's domains, from its status files and from what its hooks are given: libvirt itself is never called.
 
 Theory of operation
 ===================
@@ -23,15 +23,17 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+from qsteer import domainpolicy, procs
 from qsteer._shim import ffi, lib
-from qsteer.errors import from_errno
+from qsteer.domainpolicy import Policy
+from qsteer.errors import BusyError, NotFoundError, from_errno
 from qsteer.model import Domain, Interface, Process
 
 SYSTEM = Path("/run/libvirt/qemu")
@@ -68,6 +70,17 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a domain is like, be it that it does not run; ``emulator`` is the path of its QEMU."""
+
+    name: str
+    uuid: str
+    emulator: str | None
+    interfaces: tuple[Interface, ...]
+    policy: Policy | None
+
+
 def domains(processes: Iterable[Process]) -> Found:
     """The libvirt domains among processes.
 
@@ -93,14 +106,65 @@ def domains(processes: Iterable[Process]) -> Found:
     return Found(domains=found, notes=notes)
 
 
+def running(name: str) -> tuple[Process, Domain]:
+    """A domain of the system's daemon, by its name, with its QEMU.
+
+    Raises NotFoundError if none of that name runs, BusyError if libvirt has just put something else in its place.
+    """
+    nothing = NotFoundError(f'libvirt\'s domain "{name}" does not run')
+    try:
+        with _directory(SYSTEM) as directory, _regular_file(directory, f"{name}.pid", 0, None) as pid_file:
+            process = procs.read(_writer_of(pid_file))
+            if not process:
+                raise nothing
+            domain = domains_in(directory, 0, None, {process.pid: process}, SYSTEM_LIMITS, names=(f"{name}.xml",))
+    except FileNotFoundError:
+        raise nothing from None
+    except OSError as error:
+        raise from_errno(error.errno or 0, f"cannot read what libvirt knows of {name}") from None
+    if process.pid not in domain:
+        raise BusyError(f'what libvirt knows of domain "{name}" does not fit process {process.pid}')
+    return process, domain[process.pid]
+
+
+def status_file(name: str) -> tuple[int, int] | None:
+    """Another one each time that libvirt writes the status file of a domain anew; None without one."""
+    try:
+        found = os.lstat(SYSTEM / f"{name}.xml")
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def parse(data: bytes) -> Domain | None:
     """The domain that a status file describes; None if it is none, half-written, or more than is sensible."""
+    root = _parsed(data)
+    return _domain(root) if root is not None else None
+
+
+def describe(data: bytes) -> Description | None:
+    """The domain that libvirt's XML describes, as hooks get it; None if it is none, or more than is sensible."""
+    domain = _parsed(data)
+    if domain is None or domain.tag != "domain":
+        return None
+    name, uuid = _word(domain.findtext("name")), _word(domain.findtext("uuid"))
+    if not name or not uuid:
+        return None
+    return Description(
+        name=name,
+        uuid=uuid.lower(),
+        emulator=_word(domain.findtext("devices/emulator")),
+        interfaces=_interfaces(domain),
+        policy=domainpolicy.find(domain.find("metadata")),
+    )
+
+
+def _parsed(data: bytes) -> Element | None:
     try:
         text = _without_capabilities(data.decode())
-        if text.count("<") > _ELEMENTS_MAX:
+        if len(text) > FILE_MAX or text.count("<") > _ELEMENTS_MAX:
             return None
-        root = ElementTree.fromstring(text, ElementTree.XMLParser(target=_Builder()))
-        return _domain(root)
+        return ElementTree.fromstring(text, ElementTree.XMLParser(target=_Builder()))
     except (ValueError, ElementTree.ParseError, RecursionError):
         return None
 
@@ -132,10 +196,16 @@ def _domain(root: Element) -> Domain | None:
         name=name,
         uuid=uuid.lower(),
         pid=pid,
-        interfaces=tuple(_interface(element) for element in domain.iterfind("devices/interface")),
+        interfaces=_interfaces(domain),
         monitor=_word(monitor.get("path")) if monitor is not None and monitor.get("type") == "unix" else None,
         agent=_agent(domain),
+        policy=domainpolicy.find(domain.find("metadata")),
+        incoming=(root.get("state"), root.get("reason")) == ("paused", "migration"),
     )
+
+
+def _interfaces(domain: Element) -> tuple[Interface, ...]:
+    return tuple(_interface(element) for element in domain.iterfind("devices/interface"))
 
 
 def _agent(domain: Element) -> str | None:
@@ -159,6 +229,7 @@ def _interface(element: Element) -> Interface:
         queues=_number(_attribute(element, "driver", "queues")),
         rss={"on": True, "off": False}.get(_attribute(element, "driver", "rss") or ""),
         vhost={"vhost": True, "qemu": False}.get(_attribute(element, "driver", "name") or ""),
+        bridge=_attribute(element, "source", "bridge"),
     )
 
 
@@ -176,9 +247,16 @@ def _number(text: str | None) -> int | None:
 
 
 def domains_in(
-    directory: int, owner: int, mount: int | None, processes: Mapping[int, Process], limits: Limits
+    directory: int,
+    owner: int,
+    mount: int | None,
+    processes: Mapping[int, Process],
+    limits: Limits,
+    names: Sequence[str] | None = None,
 ) -> dict[int, Domain]:
     """By pid, the domains of one directory whose lock one of the processes holds; the first by name for each.
+
+    ``names`` are the status files to look at, None is all of them.
 
     Raises OSError if the directory cannot be read, or none of the files because of a missing right.
     """
@@ -186,7 +264,9 @@ def domains_in(
     refused: PermissionError | None = None
     known: set[tuple[int, int]] = set()
     left = limits.bytes
-    for name in _status_files(directory, limits.files) if processes else ():
+    if names is None:
+        names = _status_files(directory, limits.files) if processes else ()
+    for name in names:
         try:
             with _regular_file(directory, f"{name.removesuffix('.xml')}.pid", owner, mount) as pid_file:
                 pid = _writer_of(pid_file)

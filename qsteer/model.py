@@ -6,9 +6,13 @@ The edges (``kernel``, ``procs``, ``inventory``) make them; ``plan`` and ``rende
 
 import enum
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qsteer.qemuargs import QemuArgs
 from qsteer.rss import RssConfig
+
+if TYPE_CHECKING:
+    from qsteer.domainpolicy import Policy
 
 
 class Build(enum.StrEnum):
@@ -140,7 +144,8 @@ class Interface:
     """A NIC of a libvirt domain, from libvirt's own status file.
 
     ``kind`` is libvirt's (``bridge``, ``network``, ``ethernet``, ``direct``, ``vhostuser``, ``vdpa``, ``user``, ...);
-    ``target`` the host's device.  ``rss`` and ``vhost`` are None where the file does not say.
+    ``target`` the host's device, ``bridge`` the one that it is in.  ``rss`` and ``vhost`` are None where the file does
+    not say.
     """
 
     kind: str
@@ -151,11 +156,16 @@ class Interface:
     queues: int | None
     rss: bool | None
     vhost: bool | None
+    bridge: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Domain:
-    """A running libvirt domain.  ``monitor`` is the QMP socket that libvirt itself holds on to."""
+    """A running libvirt domain.  ``monitor`` is the QMP socket that libvirt itself holds on to.
+
+    ``policy`` is what it says about its steering, None where it says nothing.  ``incoming``: it waits for the state of
+    a guest, from another host or from a file.
+    """
 
     name: str
     uuid: str
@@ -163,6 +173,8 @@ class Domain:
     interfaces: tuple[Interface, ...]
     monitor: str | None
     agent: str | None
+    policy: "Policy | None" = None
+    incoming: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

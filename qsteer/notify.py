@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""What a daemon says: to systemd (sd_notify(3), a datagram), and in the journal, one line per change."""
+"""What a daemon says: to systemd (sd_notify(3), a datagram), and in the journal, one line per change.
+
+And what a program says whose stderr goes nowhere: to the journal itself, or to syslog(3).
+"""
 
 import contextlib
 import enum
@@ -87,6 +90,32 @@ class Journal:
             return
         prefix = f"<{priority:d}>" if self._with_priority else ""
         write_line(f"{prefix}{self._name}: {text}", self._fd)
+
+
+class SystemJournal:
+    """The system's log: journald's own socket, where there is one, for the fields' sake, else syslog(3).
+
+    ``fields`` go with each line (``journalctl FIELD=value``); where nobody takes a line it is lost.
+    """
+
+    SOCKET = "/run/systemd/journal/socket"
+
+    def __init__(self, name: str, **fields: str) -> None:
+        self._name, self._fields = name, fields
+
+    def say(self, text: str, priority: Priority = Priority.INFO) -> None:
+        """One line of printable text, as are the fields."""
+        entry = {"MESSAGE": text, "PRIORITY": f"{priority:d}", "SYSLOG_IDENTIFIER": self._name, **self._fields}
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.setblocking(False)
+                lines = "".join(f"{field}={value}\n" for field, value in entry.items())
+                sender.sendto(lines.encode(errors="backslashreplace"), self.SOCKET)
+        except OSError:
+            import syslog
+
+            syslog.openlog(self._name, syslog.LOG_PID, syslog.LOG_DAEMON)
+            syslog.syslog(priority, text.encode(errors="backslashreplace").decode())
 
 
 def write_line(line: str, fd: int) -> None:

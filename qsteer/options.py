@@ -115,13 +115,13 @@ def static(options: argparse.Namespace) -> Static:
     if options.types is not None:
         types = rss.parse_hash_types(options.types)
     if options.table is not None:
-        table = _numbers("--table", options.table)
+        table = rss.parse_numbers("--table", options.table)
     elif options.equal is not None:
-        table = rss.equal_table(_number("--equal", options.equal))
+        table = rss.equal_table(rss.parse_number("--equal", options.equal))
     elif options.weight is not None:
-        table = rss.weighted_table(_numbers("--weight", options.weight))
+        table = rss.weighted_table(rss.parse_numbers("--weight", options.weight))
     if options.unclassified_queue is not None:
-        unclassified = _number("--unclassified-queue", options.unclassified_queue)
+        unclassified = rss.parse_number("--unclassified-queue", options.unclassified_queue)
     # Refuses what no tap can have, before any tap is looked at.
     rss.RssConfig(
         types=types or rss.BASE_TYPES,
@@ -141,13 +141,3 @@ def _from_file(name: str) -> Static:
         raise from_errno(error.errno or 0, f'cannot read "{name}"') from None
     parsed = ethtool.parse(text)
     return Static(types=parsed.types, key=parsed.key, table=parsed.table, unclassified_queue=parsed.unclassified_queue)
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    return tuple(_number(option, part.strip()) for part in text.split(","))
-
-
-def _number(option: str, text: str) -> int:
-    if not text.isdecimal() or not text.isascii() or len(text) > 5 or int(text) > 0xFFFF:
-        raise UsageError(f'{option}: "{text}" is not a whole number from 0 to 65535')
-    return int(text)

@@ -15,6 +15,7 @@ from qsteer.state import agrees, state
 if TYPE_CHECKING:
     from qsteer.clean import Item
     from qsteer.config import Checked
+    from qsteer.domains import NicPolicy, Shown, Written
     from qsteer.saved import File
 
 Json = dict[str, object]
@@ -324,6 +325,72 @@ def checked_json(files: "Sequence[Checked]") -> Json:
             }
             for one in files
         ],
+    }
+
+
+def domain_text(shown: "Shown") -> str:
+    """A line for each NIC of a libvirt domain: what is wanted of it."""
+    rows = [("NIC", "MAC", "QUEUES", "RSS", "WANTED")]
+    for nic in shown.nics:
+        one = nic.interface
+        rss = "-" if one.rss is None else "on" if one.rss else "off"
+        rows.append((one.alias or "-", one.mac or "-", str(one.queues or 1), rss, "; ".join(_wanted(nic))))
+    return columns([tuple(map(printable, row)) for row in rows])
+
+
+def _wanted(nic: "NicPolicy") -> tuple[str, ...]:
+    from qsteer import saved
+
+    wanted = nic.wanted
+    required = ("required",) if wanted.required else ()
+    return (f"source {wanted.source or 'auto'}", *saved.lines_of(wanted), *required)
+
+
+def domain_json(shown: "Shown") -> Json:
+    """The same, with what does not count."""
+    domain = shown.domain
+    return {
+        "schema": "qsteer.libvirt/1",
+        "name": domain.name,
+        "uuid": domain.uuid,
+        "emulator": domain.emulator,
+        "policy": domain.policy is not None,
+        "mistakes": list(shown.mistakes),
+        "interfaces": [
+            {
+                "alias": nic.interface.alias,
+                "mac": nic.interface.mac,
+                "target": nic.interface.target,
+                "queues": nic.interface.queues,
+                "rss": nic.interface.rss,
+                "source": str(nic.wanted.source or "auto"),
+                "types": None if nic.wanted.static.types is None else list(format_hash_types(nic.wanted.static.types)),
+                "key": None if nic.wanted.static.key is None else format_key(nic.wanted.static.key),
+                "table": None if nic.wanted.static.table is None else list(nic.wanted.static.table),
+                "unclassified_queue": nic.wanted.static.unclassified_queue,
+                "allow": list(nic.wanted.allow or ()),
+                "required": bool(nic.wanted.required),
+                "refused": list(nic.refused),
+            }
+            for nic in shown.nics
+        ],
+    }
+
+
+def written_text(written: "Written") -> str:
+    """What ``libvirt set`` writes, or has written."""
+    where = " and ".join(("the domain that runs",) * written.live + ("its configuration",) * written.config)
+    return f"{written.xml or 'no policy'}\nin {where}"
+
+
+def written_json(written: "Written") -> Json:
+    """The same."""
+    return {
+        "schema": "qsteer.libvirt-set/1",
+        "name": written.domain,
+        "xml": written.xml,
+        "live": written.live,
+        "config": written.config,
     }
 
 

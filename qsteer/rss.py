@@ -113,6 +113,18 @@ class RssConfig:
             raise UsageError(f"unknown hash type bits {int(self.types):#x}")
 
 
+def parse_numbers(what: str, text: str) -> tuple[int, ...]:
+    """``"0,1,2"``: queues, or weights.  Raises UsageError that begins with ``what``."""
+    return tuple(parse_number(what, part.strip()) for part in text.split(","))
+
+
+def parse_number(what: str, text: str) -> int:
+    """A queue, or a number of queues.  Raises UsageError that begins with ``what``."""
+    if not text.isdecimal() or not text.isascii() or len(text) > 5 or int(text) > 0xFFFF:
+        raise UsageError(f'{what}: "{text}" is not a whole number from 0 to 65535')
+    return int(text)
+
+
 def equal_table(queues: int, length: int = TABLE_MAX) -> tuple[int, ...]:
     """``ethtool -X DEV equal N``: entry i is i modulo ``queues``.  Raises UsageError on no queue at all."""
     if queues < 1:

@@ -55,7 +55,7 @@ def plan(tap: Tap, given: Settings, effective: Settings) -> File:
     if source is Source.STATIC and any(level.source not in (None, Source.STATIC) for level in levels):
         # The tables of other files were taken away once: they must not come back.
         lines += [*entry, f'source = "{AUTO}"']
-    lines += [*entry, f'source = "{source}"', *_settings(said), ""]
+    lines += [*entry, f'source = "{source}"', *lines_of(said), ""]
     return File(path=path, content="\n".join(lines))
 
 
@@ -156,8 +156,8 @@ def _escaped(character: str) -> str:
     return character if character.isprintable() else f"\\U{ord(character):08X}"
 
 
-def _settings(said: Settings) -> list[str]:
-    """The lines but for the source: what ``apply`` has options for."""
+def lines_of(said: Settings) -> list[str]:
+    """The lines of an entry but for the source: what ``apply`` has options for."""
     static = said.static
     lines = []
     if static.types is not None:

@@ -144,12 +144,29 @@ class Serve:
     timeout_s: float = 2.0
 
 
+METADATA_WORDS = ("source", "table", "key", "types", "unclassified-queue", "required", "pause")
+"""What a policy in a libvirt domain can ask for; ``table`` is ``equal`` and ``weight``, too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Libvirt:
+    """``[libvirt]``: what the hook steers, and which METADATA_WORDS count in the policies of domains.
+
+    With ``steer`` POLICY that is what a policy or an entry is about, else every multi-queue NIC.  To stop a VM is not
+    for whoever can write a domain, unless the administrator says so.
+    """
+
+    steer: Literal["all", "policy"] = "all"
+    metadata: tuple[str, ...] = tuple(word for word in METADATA_WORDS if word != "pause")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All files together: entries and rules in their order, the last of which wins."""
 
     entries: tuple[Entry, ...] = ()
     serve: Serve = Serve()
+    libvirt: Libvirt = Libvirt()
     rules: "tuple[Rule, ...]" = ()
 
     def settings(

@@ -260,6 +260,75 @@ def config_check(given: argparse.Namespace) -> int:
     return UsageError.exit_code if mistakes else 0
 
 
+def libvirt_install(given: argparse.Namespace) -> int:
+    """Put libvirt's hook into its place, or take it away."""
+    from qsteer import hookfile
+
+    if given.uninstall:
+        return libvirt_uninstall(given)
+    if given.dry_run:
+        _print(given, f"{hookfile.SCRIPT}:\n{hookfile.text(hookfile.hook())}")
+        return 0
+    changed = hookfile.install()
+    _print(given, f"{hookfile.SCRIPT}: {'written' if changed else 'unchanged'}")
+    _print(given, "libvirt looks for hooks when it starts: systemctl restart libvirtd (or virtqemud); domains go on")
+    return 0
+
+
+def libvirt_uninstall(given: argparse.Namespace) -> int:
+    """Take libvirt's hook away; domains stay as they are."""
+    from qsteer import hookfile
+
+    removed = hookfile.is_installed() if given.dry_run else hookfile.uninstall()
+    told = "to be removed" if given.dry_run else "removed; what is steered stays steered"
+    _print(given, f"{hookfile.SCRIPT}: {told if removed else 'is not there'}")
+    return 0
+
+
+def libvirt_show(given: argparse.Namespace) -> int:
+    """What a domain's policy and the configuration want of its NICs."""
+    from qsteer import domains
+    from qsteer.virsh import Virsh
+
+    shown = domains.show(Virsh(given.domain, given.connect))
+    if given.json:
+        print(render.json_text(render.domain_json(shown), pretty=given.pretty))
+    else:
+        _print(given, render.domain_text(shown))
+    told = [f"the domain's policy is left out: {mistake}" for mistake in shown.mistakes]
+    told += [
+        f"{nic.interface.alias or nic.interface.mac}: the configuration does not let the policy ask for {word}"
+        for nic in shown.nics
+        for word in nic.refused
+    ]
+    for line in told:
+        print(printable(f"qsteer: {line}"), file=sys.stderr)
+    return UsageError.exit_code if shown.mistakes else 0
+
+
+def libvirt_set(given: argparse.Namespace) -> int:
+    """Change the policy in a domain."""
+    from qsteer import domains
+    from qsteer.virsh import Virsh
+
+    virsh = Virsh(given.domain, given.connect)
+    said = replace(options.settings(given), required=given.required)
+    if bool(given.clear) == (said != type(said)() or given.engine is not None):
+        raise UsageError("--clear, or what is wanted", hint="qsteer libvirt set DOMAIN --equal 4; see --help")
+    written = domains.plan_set(virsh, alias=given.nic, mac=given.mac, said=said, engine=given.engine, clear=given.clear)
+    if not given.dry_run:
+        domains.write(virsh, written)
+    if given.json:
+        print(render.json_text(render.written_json(written), pretty=given.pretty))
+    else:
+        _print(given, render.written_text(written))
+        if written.live and not given.dry_run:
+            _print(
+                given, f"it counts for qsteer keep, and from the next start on; now: qsteer apply --vm {given.domain}"
+            )
+    return 0
+
+
 def clean(given: argparse.Namespace) -> int:
     """Remove what qsteer left on the host and nothing uses."""
     from qsteer import clean as cleaning

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """The VMs of a host: their processes, what libvirt says of them, their NICs and what they have open."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from qsteer import libvirt, procs
 from qsteer.model import Nic, Process, Unsteerable
@@ -11,17 +11,17 @@ _NAMED_MAX = 5
 
 
 class Vms:
-    """Every QEMU, and the other processes that have a tap open; ``notes`` say what could not be seen.
+    """QEMUs, and other processes that have a tap open; ``notes`` say what could not be seen.
 
-    All is read once, when this is made.
+    ``domains`` tells what libvirt knows of QEMUs.  All is read once, when this is made.
     """
 
-    def __init__(self, holders: Iterable[int]) -> None:
-        self.processes: dict[int, Process | None] = {process.pid: process for process in procs.running_qemus()}
-        for pid in set(holders) - self.processes.keys():
-            self.processes[pid] = procs.read(pid)
+    def __init__(
+        self, processes: Mapping[int, Process | None], domains: Callable[[Collection[Process]], libvirt.Found]
+    ) -> None:
+        self.processes = processes
         self.qemus = {pid: process for pid, process in self.processes.items() if process and process.args}
-        found = libvirt.domains(self.qemus.values())
+        found = domains(self.qemus.values())
         self.domains = found.domains
         self.notes = found.notes
         self.files = {pid: procs.open_files(pid) for pid in self.qemus}
@@ -53,6 +53,14 @@ class Vms:
         for pid, process in self.qemus.items():
             for nic, backend in self._nics[pid].without_tap(self.files[pid].macvtaps):
                 yield Unsteerable(vm=process, domain=self.domains.get(pid), nic=nic, backend=backend)
+
+
+def every(holders: Iterable[int]) -> Vms:
+    """Those of the host: every QEMU, and who has a tap open."""
+    processes: dict[int, Process | None] = {process.pid: process for process in procs.running_qemus()}
+    for pid in set(holders) - processes.keys():
+        processes[pid] = procs.read(pid)
+    return Vms(processes, libvirt.domains)
 
 
 def several(names: Iterable[str]) -> str:

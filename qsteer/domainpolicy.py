@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The policy in a libvirt domain: what its ``<metadata>`` says about the steering of its NICs.  Pure.
+
+Theory of operation
+===================
+
+libvirt keeps one element of each foreign namespace in a domain, and hands it to every hook, into its status files, and
+to wherever the domain migrates.  qsteer's is ``steering`` (docs/qsteer-domain.rng)::
+
+    <metadata>
+      <qsteer:steering xmlns:qsteer="urn:qsteer:domain:1" required="yes">
+        <qsteer:interface types="tcp4,tcp6"/>
+        <qsteer:interface alias="net0" equal="3"/>
+        <qsteer:interface mac="52:54:00:aa:bb:cc" source="device-state" allow="pause"/>
+      </qsteer:steering>
+    </metadata>
+
+An ``interface`` is for the NIC of its alias or MAC, and without either for every NIC; as in qsteer's configuration
+later ones go over earlier ones, and what is said here goes over the configuration.  But who may write a domain is not
+always who administers the host: the configuration says which words of a policy count (``settings.Libvirt``).
+
+A policy with a mistake counts for nothing, but for ``required``: whoever insists on steering does not want to go
+without because of a typing error.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+
+from qsteer import rss
+from qsteer.errors import UsageError, printable
+from qsteer.model import Source
+from qsteer.plan import Static
+from qsteer.settings import AUTO, Settings, fold
+
+NAMESPACE = "urn:qsteer:domain:1"
+PREFIX = "qsteer"
+STEERING = f"{{{NAMESPACE}}}steering"
+INTERFACE = f"{{{NAMESPACE}}}interface"
+
+INTERFACES_MAX = 64
+TEXT_MAX = 1024
+"""Characters of one attribute; a table of 128 queues has 900 at most."""
+MISTAKES_MAX = 8
+_SHOWN_MAX = 60
+
+_MAC = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_TABLES = ("table", "equal", "weight")
+_ENGINES = ("auto", "ebpf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One ``interface``, for the NIC of an alias or of a MAC (lower case); for every NIC where both are None.
+
+    ``engine`` is what shall steer; there is one engine only, so that every word for it means the same.
+    """
+
+    alias: str | None = None
+    mac: str | None = None
+    engine: str | None = None
+    settings: Settings
+
+    def is_for(self, nics: Collection[str], mac: str | None) -> bool:
+        """Whether it is for a NIC with these ids, and this MAC."""
+        return (self.alias is None or self.alias in nics) and (self.mac is None or self.mac == mac)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """A domain's policy.  With ``mistakes`` there are no ``entries``; ``required`` is that of all NICs."""
+
+    entries: tuple[Entry, ...] = ()
+    required: bool | None = None
+    mistakes: tuple[str, ...] = ()
+
+    def settings(self, nics: Iterable[str], mac: str | None) -> Settings:
+        """What is said about one NIC.  ``nics`` are its ids."""
+        ids, mac = tuple(nics), mac.lower() if mac else None
+        of_nic = (entry.settings for entry in self.entries if entry.is_for(ids, mac))
+        return fold((Settings(required=self.required), *of_nic))
+
+    def matches_on(self, kind: str) -> bool:
+        """Whether some entry is about an ``alias``, or a ``mac``."""
+        return any(getattr(entry, kind) is not None for entry in self.entries)
+
+
+def limited(said: Settings, words: Collection[str]) -> tuple[Settings, tuple[str, ...]]:
+    """Of what a policy says what the administrator lets count, and the words that do not; ``words`` are those that do.
+
+    Without its table or key, static steering is still wanted, by those of the configuration.
+    """
+    asked = {
+        "source": said.source is not None and not said.static,
+        "table": said.static.table is not None,
+        "key": said.static.key is not None,
+        "types": said.static.types is not None,
+        "unclassified-queue": said.static.unclassified_queue is not None,
+        "pause": bool(said.allow),
+        "required": bool(said.required),
+    }
+    refused = tuple(word for word, is_asked in asked.items() if is_asked and word not in words)
+    static = Static(
+        types=None if "types" in refused else said.static.types,
+        key=None if "key" in refused else said.static.key,
+        table=None if "table" in refused else said.static.table,
+        unclassified_queue=None if "unclassified-queue" in refused else said.static.unclassified_queue,
+    )
+    source = said.source
+    if "source" in refused or (said.static and not static):
+        source = None
+    return replace(
+        said,
+        source=source,
+        static=static,
+        allow=None if "pause" in refused else said.allow,
+        required=None if "required" in refused else said.required,
+    ), refused
+
+
+def find(metadata: Element | None) -> Policy | None:
+    """The policy in a domain's ``metadata``; None if there is none."""
+    element = metadata.find(STEERING) if metadata is not None else None
+    return None if element is None else parse(element)
+
+
+def parse(element: Element) -> Policy:
+    """What a ``steering`` element says.  Raises nothing: what is wrong with it is in ``mistakes``."""
+    mistakes: list[str] = []
+    required = _attributes(element, {"required": _truth}, "steering", mistakes).get("required")
+    entries = []
+    for number, child in enumerate(element, 1):
+        if number > INTERFACES_MAX:
+            mistakes.append(f"more than {INTERFACES_MAX} elements")
+            break
+        if child.tag != INTERFACE:
+            mistakes.append(f"<{_shown(_local(child.tag))}> is no element of qsteer's; <interface> is")
+        elif entry := _entry(child, number, mistakes):
+            entries.append(entry)
+    for one in (element, *element[:INTERFACES_MAX]):
+        if (one.text and one.text.strip()) or (one is not element and ((one.tail and one.tail.strip()) or len(one))):
+            mistakes.append(f"<{_shown(_local(one.tag))}>: text, or an element, where none belongs")
+            break
+    more = len(mistakes) - MISTAKES_MAX
+    if more > 0:
+        mistakes = [*mistakes[:MISTAKES_MAX], f"{more} more mistakes"]
+    return Policy(entries=() if mistakes else tuple(entries), required=required, mistakes=tuple(mistakes))
+
+
+def to_xml(policy: Policy) -> str:
+    """As libvirt wants it, which puts the namespace in: ``steering``, and an ``interface`` for each entry."""
+    root = Element("steering", _said({"required": _word(policy.required)}))
+    for entry in policy.entries:
+        static, said = entry.settings.static, entry.settings
+        attributes = {
+            "alias": entry.alias,
+            "mac": entry.mac,
+            "source": None if static or said.source is None else str(said.source),
+            "engine": entry.engine,
+            "types": None if static.types is None else ",".join(rss.format_hash_types(static.types)),
+            "key": None if static.key is None else rss.format_key(static.key),
+            **_table(static.table),
+            "unclassified-queue": None if static.unclassified_queue is None else str(static.unclassified_queue),
+            "allow": ",".join(said.allow) if said.allow else None,
+            "required": _word(said.required),
+        }
+        ElementTree.SubElement(root, "interface", _said(attributes))
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _said(attributes: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _word(value: bool | None) -> str | None:
+    return None if value is None else "yes" if value else "no"
+
+
+def _table(table: tuple[int, ...] | None) -> dict[str, str]:
+    if table is None:
+        return {}
+    queues = max(table) + 1
+    return {"equal": str(queues)} if table == rss.equal_table(queues) else {"table": ",".join(map(str, table))}
+
+
+def _entry(element: Element, number: int, mistakes: list[str]) -> Entry | None:
+    before = len(mistakes)
+    name = element.get("alias") or element.get("mac") or str(number)
+    where = f"interface {_shown(name)}"
+    said = _attributes(element, _INTERFACE, where, mistakes)
+    tables = [word for word in _TABLES if word in said]
+    if len(tables) > 1:
+        mistakes.append(f"{where}: {' and '.join(tables)}: one of them")
+    static = Static(
+        types=said.get("types"),
+        key=said.get("key"),
+        table=said[tables[0]] if tables else None,
+        unclassified_queue=said.get("unclassified-queue"),
+    )
+    source = said.get("source")
+    if static and source not in (None, Source.STATIC):
+        mistakes.append(f"{where}: source {source} takes the guest's table, not one of the policy")
+    if len(mistakes) > before:
+        return None
+    settings = Settings(
+        source=Source.STATIC if static else source,
+        static=static,
+        allow=said.get("allow"),
+        required=said.get("required"),
+    )
+    return Entry(alias=said.get("alias"), mac=said.get("mac"), engine=said.get("engine"), settings=settings)
+
+
+def _attributes(
+    element: Element, checks: Mapping[str, Callable[[str], object]], where: str, mistakes: list[str]
+) -> dict[str, Any]:
+    said: dict[str, Any] = {}
+    for name, text in element.items():
+        if name not in checks:
+            mistakes.append(f"{where}: unknown attribute {_shown(name)} (known: {', '.join(checks)})")
+            continue
+        try:
+            if len(text) > TEXT_MAX:
+                raise UsageError(f"more than {TEXT_MAX} characters")
+            said[name] = checks[name](text)
+        except UsageError as error:
+            mistakes.append(f"{where}: {name}: {printable(error.message)[: 4 * _SHOWN_MAX]}")
+    return said
+
+
+def _local(tag: str) -> str:
+    return tag.rpartition("}")[2]
+
+
+def _shown(text: str) -> str:
+    return printable(text[:_SHOWN_MAX])
+
+
+def _truth(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise UsageError(f'"{text}" is neither yes nor no')
+    return text == "yes"
+
+
+def _choice(*known: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in known:
+            raise UsageError(f'"{text}" is none of {", ".join(known)}')
+        return text
+
+    return check
+
+
+def _source(text: str) -> str:
+    source = _choice(AUTO, *Source)(text)
+    return source if source == AUTO else Source(source)
+
+
+def _alias(text: str) -> str:
+    if not text or not text.isprintable():
+        raise UsageError("an alias is wanted, such as net0, or ua-mine")
+    return text
+
+
+def _mac(text: str) -> str:
+    if not _MAC.fullmatch(text.lower()):
+        raise UsageError(f'"{text}" is not a MAC')
+    return text.lower()
+
+
+def _queues(text: str) -> tuple[int, ...]:
+    queues = rss.parse_numbers("queues", text)
+    return rss.RssConfig(types=rss.BASE_TYPES, key=bytes(rss.KEY_BYTES), table=queues).table
+
+
+def _allow(text: str) -> tuple[str, ...]:
+    return tuple(_choice("pause")(word.strip()) for word in text.split(","))
+
+
+_INTERFACE: Mapping[str, Callable[[str], object]] = {
+    "alias": _alias,
+    "mac": _mac,
+    "source": _source,
+    "engine": _choice(*_ENGINES),
+    "types": rss.parse_hash_types,
+    "key": rss.parse_key,
+    "table": _queues,
+    "equal": lambda text: rss.equal_table(rss.parse_number("queues", text)),
+    "weight": lambda text: rss.weighted_table(rss.parse_numbers("weights", text)),
+    "unclassified-queue": lambda text: rss.parse_number("queue", text),
+    "allow": _allow,
+    "required": _truth,
+}

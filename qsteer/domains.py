@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""``qsteer libvirt show`` and ``set``: the policy in a domain, and what the configuration makes of it.
+
+This speaks to libvirt (``virsh``), which a hook must not: it is for the command line.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qsteer import config, domainpolicy, libvirt, settings
+from qsteer.domainpolicy import NAMESPACE, PREFIX, Entry, Policy
+from qsteer.errors import QsteerError, UsageError
+from qsteer.libvirt import Description
+from qsteer.model import Interface
+from qsteer.settings import Config, Settings
+from qsteer.virsh import Virsh
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NicPolicy:
+    """What is wanted of one NIC of a domain, and the words of its policy that do not count."""
+
+    interface: Interface
+    wanted: Settings
+    refused: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A domain, its policy, and what comes of it."""
+
+    domain: Description
+    nics: tuple[NicPolicy, ...]
+
+    @property
+    def mistakes(self) -> tuple[str, ...]:
+        """Of the policy."""
+        return self.domain.policy.mistakes if self.domain.policy else ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What ``set`` does: ``xml`` None takes the policy away."""
+
+    domain: str
+    xml: str | None
+    live: bool
+    config: bool
+
+
+def show(virsh: Virsh) -> Shown:
+    """The domain as it runs, else as it will start.  Raises QsteerError."""
+    domain = _describe(virsh, inactive=False)
+    configured = config.load()
+    return Shown(domain=domain, nics=tuple(_nic(domain, one, configured) for one in domain.interfaces))
+
+
+def _nic(domain: Description, interface: Interface, configured: Config) -> NicPolicy:
+    ids = (interface.alias,) if interface.alias else ()
+    policy = domain.policy or Policy()
+    below = configured.settings(
+        vm=domain.name, nics=ids, mac=interface.mac, dev=interface.target, bridge=interface.bridge
+    )
+    said, refused = domainpolicy.limited(policy.settings(ids, interface.mac), configured.libvirt.metadata)
+    return NicPolicy(interface=interface, wanted=settings.fold((below, said)), refused=refused)
+
+
+def plan_set(
+    virsh: Virsh, *, alias: str | None, mac: str | None, said: Settings, engine: str | None, clear: bool
+) -> Written:
+    """What ``set`` is going to write.
+
+    ``said`` goes over what the policy says already of the NIC of that alias or MAC, of every NIC where both are None;
+    with ``clear`` nothing is said of it any more.  Raises QsteerError; UsageError for an alias or MAC of no NIC.
+    """
+    live, persistent = virsh.is_running(), virsh.is_persistent()
+    domain = _describe(virsh, inactive=persistent)
+    policy = domain.policy or Policy()
+    if policy.mistakes and not (clear and alias is None and mac is None):
+        raise UsageError(f"the policy that is there has a mistake: {policy.mistakes[0]}", hint="virsh edit, or --clear")
+    _check_nic(virsh, domain, alias, mac, live=live)
+    changed = _changed(policy, Entry(alias=alias, mac=mac, engine=engine, settings=said), clear=clear)
+    xml = domainpolicy.to_xml(changed) if changed.entries or changed.required is not None else None
+    return Written(domain=domain.name, xml=xml, live=live, config=persistent)
+
+
+def write(virsh: Virsh, written: Written) -> None:
+    """Raises QsteerError."""
+    virsh.set_metadata(NAMESPACE, PREFIX, written.xml, live=written.live, config=written.config)
+
+
+def _describe(virsh: Virsh, *, inactive: bool) -> Description:
+    domain = libvirt.describe(virsh.xml(inactive=inactive))
+    if not domain:
+        raise QsteerError("what virsh dumpxml tells is no domain")
+    return domain
+
+
+def _check_nic(virsh: Virsh, domain: Description, alias: str | None, mac: str | None, *, live: bool) -> None:
+    """Aliases are made when a domain starts, but for the user's own: libvirt numbers NICs from net0 on."""
+    nics: Sequence[Interface] = domain.interfaces
+    if alias is not None:
+        known = [nic.alias or f"net{number}" for number, nic in enumerate(nics)]
+        known += [nic.alias for nic in _describe(virsh, inactive=False).interfaces if nic.alias] if live else []
+        if alias not in known:
+            raise UsageError(
+                f'domain "{domain.name}" has no NIC "{alias}"', hint=f"it has {', '.join(known) or 'none'}"
+            )
+    if mac is not None and mac not in (macs := [nic.mac for nic in nics if nic.mac]):
+        raise UsageError(f'domain "{domain.name}" has no NIC {mac}', hint=f"it has {', '.join(macs) or 'none'}")
+
+
+def _changed(policy: Policy, entry: Entry, *, clear: bool) -> Policy:
+    """With one entry instead of those for the same NIC: the last, so that it counts; those for all NICs come first."""
+    is_of_all = entry.alias is None and entry.mac is None
+    if clear and is_of_all:
+        return Policy()
+    same = [one for one in policy.entries if (one.alias, one.mac) == (entry.alias, entry.mac)]
+    others = tuple(one for one in policy.entries if one not in same)
+    if clear:
+        return replace(policy, entries=others)
+    engine = entry.engine or next((one.engine for one in reversed(same) if one.engine), None)
+    said = settings.fold([*(one.settings for one in same), entry.settings])
+    if not is_of_all:
+        return replace(policy, entries=(*others, replace(entry, engine=engine, settings=said)))
+    required = policy.required if said.required is None else said.required
+    said = replace(said, required=None)
+    of_all = (replace(entry, engine=engine, settings=said),) if engine or said != Settings() else ()
+    return replace(policy, required=required, entries=(*of_all, *others))

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What libvirt's hook does about one tap of a domain that has just started.  Pure.
+
+Theory of operation
+===================
+
+The hook has one moment: QEMU runs, and has made its NICs, the guest has not got to its driver.  What is attached then
+lasts for a NIC without RSS; but before QEMU 9.1 the guest's driver takes it off as it starts.  A guest that is offered
+RSS has not asked for anything yet: a QEMU that was given a program (``qsteer-qemu``), or could load its own, attaches
+it when the guest asks.  Any other takes somebody who is there at that time, ``qsteer keep``.
+
+A QEMU that waits for a guest's state (a migration, a restore) takes any program off when that has come.
+"""
+
+from dataclasses import dataclass, replace
+
+from qsteer.errors import QsteerError
+from qsteer.ifupplan import DRIVER_TAKES_OFF_BEFORE
+from qsteer.model import Source, Tap
+from qsteer.plan import Plan, Wanted, plan_apply
+
+WRAPPER = "qsteer-qemu"
+"""The <emulator> that gives a QEMU programs (c/qemu_wrapper.c)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """``plan`` is what to do now, ``told`` what to say of it; both may be empty.
+
+    ``fine``: it is steered as wanted then, or will be when the time comes.  ``follow``: it has to be done again once
+    the guest's state has come.
+    """
+
+    plan: Plan | None = None
+    told: str = ""
+    fine: bool = True
+    follow: bool = False
+
+
+def needs_version(tap: Tap) -> bool:
+    """Whether it depends on QEMU's version what stays attached."""
+    return tap.steerable and not (tap.nic and tap.nic.rss)
+
+
+def decide(
+    tap: Tap, wanted: Wanted, *, version: tuple[int, int] | None, keep_pid: int | None, incoming: bool
+) -> Decision:
+    """What to do; ``keep_pid`` is the process of a ``qsteer keep`` that keeps the domain, None for none."""
+    if not tap.steerable:
+        return Decision(told="one queue, there is nothing to steer")
+    if tap.hold:
+        return Decision(told="nothing changed: qsteer off holds it off, until qsteer apply")
+    if wanted.if_absent and tap.program_id:
+        return _planned(tap, wanted)
+    static = wanted.source is Source.STATIC
+    if static and tap.steered_in_software:
+        return _left(None, _why_asked(tap), "a table of the host's changes nothing there")
+    asked = wanted.source is not None and wanted.source.is_asked
+    if asked or (not static and tap.nic and tap.nic.rss and not tap.held):
+        return _left(keep_pid, _why_asked(tap), "it takes qsteer keep, which asks the guest")
+    if incoming and keep_pid:
+        return _left(keep_pid, "QEMU takes any program off when the guest's state has come", "")
+    if incoming:
+        return Decision(told="to be steered when the guest's state has come", follow=True)
+    decision = _planned(tap, wanted)
+    if decision.plan and version and version < DRIVER_TAKES_OFF_BEFORE and not (tap.nic and tap.nic.rss):
+        why = f"QEMU {version[0]}.{version[1]} takes the program off when the guest's driver starts"
+        return replace(_left(keep_pid, why, "it takes qsteer keep"), plan=decision.plan)
+    return decision
+
+
+def _planned(tap: Tap, wanted: Wanted) -> Decision:
+    try:
+        return Decision(plan=plan_apply(tap, wanted))
+    except QsteerError as error:
+        return Decision(told=f"not steered: {error}" + (f" ({error.hint})" if error.hint else ""), fine=False)
+
+
+def _left(keep_pid: int | None, why: str, takes: str) -> Decision:
+    """What cannot be done now."""
+    if keep_pid:
+        return Decision(told=f"{why}: left to qsteer keep (process {keep_pid})")
+    return Decision(told=f"{why}: {takes}", fine=False)
+
+
+def _why_asked(tap: Tap) -> str:
+    """Why nothing can be done before the guest has been asked."""
+    if tap.steered_in_software:
+        return f"the guest is offered RSS, and QEMU, which has no program for it (see {WRAPPER}), steers in software"
+    if tap.nic and tap.nic.rss:
+        return "the guest is offered RSS, and this QEMU does not steer (vhost)"
+    return "its guest has to be asked"
