@@ -8,8 +8,7 @@ over /usr, /etc and /var (overlayfs), with an empty /run: its own libvirtd finds
 them, and so does a qsteer that the test runs, libvirt's status files among them.  What is written goes into memory, and
 is gone with the namespace.  There is no systemd and no journal; a socket in the journal's place keeps what is said.
 
-A second libvirtd (``Libvirtd(apart=True)``) lives in such a namespace of its own, as on another host: same taps, but
-other files.
+``another_host`` is a second one beside it, to migrate to: same kernel and network namespace, other files.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ from typing import Self
 from integration import apt
 from integration.apt import run, say
 from integration.guest import KERNEL_ARGUMENTS, VCPUS, Console, GuestError
-from integration.provision import BUILD, QEMU_OLDEST, QEMU_PACKAGE, Provisioned, upstream
+from integration.provision import BUILD, CHECKOUT, QEMU_OLDEST, QEMU_PACKAGE, Provisioned, upstream
 from tests.kernel import private, support
 
 USER = "libvirt-qemu"
@@ -88,6 +87,19 @@ def host(root: Path) -> Iterator["Journal"]:
         _lay_over(root, Path(memory))
         with Journal(Path(memory, "journal")) as journal:
             yield journal
+
+
+@contextlib.contextmanager
+def another_host(root: Path) -> Iterator[tuple[int, "Journal"]]:
+    """A process that lives on a host of its own, and what is said to that one's journal."""
+    command = (sys.executable, "-m", __name__, str(root))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=CHECKOUT) as holder:
+        try:
+            assert holder.stdout
+            journal = Path(holder.stdout.readline().strip())
+            yield holder.pid, Journal(Path(f"/proc/{holder.pid}/root{journal}"))
+        finally:
+            holder.communicate(timeout=WAIT_S)
 
 
 def _lay_over(root: Path, memory: Path) -> None:
@@ -148,6 +160,11 @@ class Journal:
     def __exit__(self, *exception: object) -> None:
         self._process.kill()
         self._process.communicate()
+
+    @property
+    def file(self) -> Path:
+        """Where it keeps all."""
+        return self._file
 
     def entries(self, domain: str) -> list[dict[str, str]]:
         """All about a domain so far, each with its fields."""
@@ -224,8 +241,8 @@ class Libvirtd:
         """Until it answers."""
         with (self.folder / "log").open("ab") as log:
             command = (*self._prefix, "libvirtd", "--config", str(self.folder / "libvirtd.conf"))
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        support.wait_until("libvirtd", lambda: (self.folder / "libvirt-sock").is_socket() or self._process.poll())
+            self._process = process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        support.wait_until("libvirtd", lambda: (self.folder / "libvirt-sock").is_socket() or process.poll())
         self.virsh("list")
 
     def stop(self) -> None:
@@ -343,3 +360,9 @@ class Domain(Console):
   {self._extra}
 </domain>
 """
+
+
+if __name__ == "__main__":
+    with host(Path(sys.argv[1])) as kept:
+        print(kept.file, flush=True)
+        sys.stdin.read()

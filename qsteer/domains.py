@@ -4,6 +4,7 @@
 This speaks to libvirt (``virsh``), which a hook must not: it is for the command line.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -93,14 +94,19 @@ def _describe(virsh: Virsh, *, inactive: bool) -> Description:
     domain = libvirt.describe(virsh.xml(inactive=inactive))
     if not domain:
         raise QsteerError("what virsh dumpxml tells is no domain")
-    return domain
+    return replace(domain, interfaces=_with_aliases(domain.interfaces))
+
+
+def _with_aliases(interfaces: Sequence[Interface]) -> tuple[Interface, ...]:
+    """As a start will call them: those without an alias of the user's get net0, net1, ..."""
+    numbers = itertools.count()
+    return tuple(one if one.alias else replace(one, alias=f"net{next(numbers)}") for one in interfaces)
 
 
 def _check_nic(virsh: Virsh, domain: Description, alias: str | None, mac: str | None, *, live: bool) -> None:
-    """Aliases are made when a domain starts, but for the user's own: libvirt numbers NICs from net0 on."""
-    nics: Sequence[Interface] = domain.interfaces
+    nics = domain.interfaces
     if alias is not None:
-        known = [nic.alias or f"net{number}" for number, nic in enumerate(nics)]
+        known = [nic.alias for nic in nics if nic.alias]
         known += [nic.alias for nic in _describe(virsh, inactive=False).interfaces if nic.alias] if live else []
         if alias not in known:
             raise UsageError(
