@@ -11,20 +11,25 @@ KERNELS_ARGS ?=
 
 # The Debian packages that building, the tests and the demo need.
 PACKAGES := \
-	clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev zlib1g-dev python3-venv python3-dev \
+	clang llvm gcc libc6-dev linux-libc-dev libbpf-dev libelf-dev zlib1g-dev libjson-c-dev \
+	python3-venv python3-dev \
 	busybox-static cpio ethtool iproute2 kmod libcap2-bin xz-utils zstd
 
 VENV := build/venv
 INSTALLED := $(VENV)/.installed
 COMPILED := $(VENV)/.compiled
 
-# QEMU's helper= program: C, of nothing but libc.
-HELPER := build/qsteer-bridge-helper
-HELPER_SOURCES := c/bridge_helper.c c/bridge_acl.c c/bridge_args.c c/refusal.c
-HELPER_HEADERS := c/auto.h c/bridge_acl.h c/bridge_args.h c/refusal.h
-HELPER_FLAGS = -std=gnu11 -O2 -Wall -Wextra -Werror \
+# What QEMU or libvirt starts, in C: QEMU's helper= program, of nothing but libc, and libvirt's <emulator>.
+PROGRAMS := qsteer-bridge-helper qsteer-qemu
+BUILT := $(PROGRAMS:%=build/%)
+qsteer-bridge-helper_SOURCES := c/bridge_helper.c c/bridge_acl.c c/bridge_args.c c/refusal.c
+qsteer-qemu_SOURCES := c/qemu_wrapper.c c/qemu_find.c c/qemu_nics.c c/qemu_probe.c c/serve_client.c c/json.c c/refusal.c
+qsteer-qemu_LIBRARIES := -ljson-c
+PROGRAM_FLAGS = -std=gnu11 -O2 -Wall -Wextra -Werror \
 	-fPIE -pie -Wl,-z,relro,-z,now -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -fstack-protector-strong \
 	-DQS_VERSION='"$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' qsteer/__init__.py)"'
+# A program, and the directory that it is made in.
+compile_program = $(CC) $(PROGRAM_FLAGS) -o "$(2)/$(1)" $($(1)_SOURCES) $($(1)_LIBRARIES)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -47,6 +52,7 @@ LINKS := \
 	bin/qsteer=../lib/qsteer/bin/qsteer \
 	bin/qsteer-ifup=../lib/qsteer/bin/qsteer-ifup \
 	bin/qsteer-ifdown=../lib/qsteer/bin/qsteer-ifdown \
+	bin/qsteer-qemu=../lib/qsteer/libexec/qsteer-qemu \
 	libexec/qsteer-bridge-helper=../lib/qsteer/libexec/qsteer-bridge-helper \
 	lib/systemd/system/qsteer-keep.service=../../qsteer/share/qsteer-keep.service \
 	lib/systemd/system/qsteer-serve.service=../../qsteer/share/qsteer-serve.service \
@@ -94,7 +100,7 @@ fuzz: build ## 300,000 hostile inputs for the helper (under ASan), the service a
 lint: build ## run the formatters and type checkers only
 	$(VENV)/bin/python -m pytest tests/unit/test_linters.py $(PYTEST_ARGS)
 
-build: packages $(COMPILED) $(HELPER) ## an editable install in build/venv, and QEMU's helper= program
+build: packages $(COMPILED) $(BUILT) ## an editable install in build/venv, and the programs that QEMU and libvirt start
 
 packages: ## install the Debian packages that are missing
 	command -v dpkg-query >/dev/null && command -v apt-get >/dev/null || exit 0
@@ -139,9 +145,9 @@ $(COMPILED): $(INSTALLED) qsteer/shim_build.py $(shell find c -type f)
 	$(VENV)/bin/python setup.py --quiet build_ext --inplace
 	touch $@
 
-$(HELPER): $(HELPER_SOURCES) $(HELPER_HEADERS) qsteer/__init__.py Makefile | packages
+$(BUILT): build/%: $(wildcard c/*.c c/*.h) qsteer/__init__.py Makefile | packages
 	mkdir -p build
-	$(CC) $(HELPER_FLAGS) -o $@ $(HELPER_SOURCES)
+	$(call compile_program,$*,build)
 
 # Both stop before anything changes when what they would replace or remove is not from here.
 define check_install
@@ -190,7 +196,7 @@ install: ## put qsteer under PREFIX, with a virtual environment of its own
 		exit 1
 	}
 	mkdir "$$work/qsteer/libexec"
-	$(CC) $(HELPER_FLAGS) -o "$$work/qsteer/libexec/qsteer-bridge-helper" $(HELPER_SOURCES)
+	$(foreach program,$(PROGRAMS),$(call compile_program,$(program),$$work/qsteer/libexec);)
 	(
 		cd "$$work/qsteer"
 		find bin -mindepth 1 ! -name 'python*' -delete

@@ -362,6 +362,6 @@ int main(int argc, char **argv)
 		return EXIT_SUCCESS;
 	}
 refused:
-	qs_refusal_print(STDERR_FILENO, &refusal);
+	qs_refusal_print(STDERR_FILENO, "qsteer-bridge-helper", &refusal);
 	return EXIT_FAILURE;
 }

@@ -33,15 +33,15 @@ static void qs_make_printable(char *text)
 			*text = '?';
 }
 
-void qs_refusal_print(int fd, struct qs_refusal *refusal)
+void qs_refusal_print(int fd, const char *program, struct qs_refusal *refusal)
 {
-	char text[sizeof(*refusal) + 64];
+	char text[sizeof(*refusal) + 80];
 	int length;
 
 	qs_make_printable(refusal->why);
 	qs_make_printable(refusal->hint);
 	length =
-		snprintf(text, sizeof(text), "qsteer-bridge-helper: %s\n%s%s%s", refusal->why,
+		snprintf(text, sizeof(text), "%.64s: %s\n%s%s%s", program, refusal->why,
 			 *refusal->hint ? "hint: " : "", refusal->hint, *refusal->hint ? "\n" : "");
 	/* Where nobody listens there is nothing left to do. */
 	if (write(fd, text, length) < 0)

@@ -14,7 +14,7 @@ int qs_refuse(struct qs_refusal *refusal, const char *format, ...)
 void qs_hint(struct qs_refusal *refusal, const char *format, ...)
 	__attribute__((format(printf, 2, 3)));
 
-/* Two lines at most on an fd; what a terminal would act on is written as '?'. */
-void qs_refusal_print(int fd, struct qs_refusal *refusal);
+/* Two lines at most on an fd, the first one with the program's name; what a terminal would act on is written as '?'. */
+void qs_refusal_print(int fd, const char *program, struct qs_refusal *refusal);
 
 #endif

@@ -145,11 +145,23 @@ def test_the_helper_has_no_privileges(staged: Staged) -> None:
     assert not os.listxattr(helper)
 
 
+def test_the_wrapper_is_found_by_its_name(prefix: Path) -> None:
+    """As libvirt is told to run it, and by another name: what it looks for is not here."""
+    command = prefix / "bin/qsteer-qemu"
+    assert command.resolve() == (prefix / "lib/qsteer/libexec/qsteer-qemu").resolve()
+    another = prefix / "bin/qsteer-qemu-system-pdp11"
+    another.symlink_to("qsteer-qemu")
+    done = subprocess.run((another, "--version"), check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (127, "")
+    assert done.stderr.startswith("qsteer-qemu: there is no qemu-system-pdp11 to run")
+
+
 @pytest.mark.parametrize(
     "foreign",
     [
         "bin/qsteer",
         "bin/qsteer-ifup",
+        "bin/qsteer-qemu",
         "lib/qsteer",
         "libexec/qsteer-bridge-helper",
         "lib/systemd/system/qsteer-keep.service",
