@@ -73,40 +73,39 @@ static int qs_open_streams(void)
 	return 0;
 }
 
-/* The signals that this program may cause itself. */
-static sigset_t qs_own_signals(void)
+/* What QEMU is to have of signals, and which of them this program may cause. */
+struct qs_signals {
+	sigset_t mask, own;
+};
+
+/* A signal that waits already has been sent by somebody else, and QEMU gets it. */
+static void qs_hold_signals(struct qs_signals *signals)
 {
-	sigset_t own;
+	sigset_t waiting;
 
-	sigemptyset(&own);
-	sigaddset(&own, SIGPIPE);
-	sigaddset(&own, SIGCHLD);
-	return own;
-}
-
-static sigset_t qs_hold_signals(void)
-{
-	sigset_t own = qs_own_signals(), before;
-
-	sigprocmask(SIG_BLOCK, &own, &before);
-	return before;
+	sigemptyset(&signals->own);
+	sigpending(&waiting);
+	if (!sigismember(&waiting, SIGPIPE))
+		sigaddset(&signals->own, SIGPIPE);
+	if (!sigismember(&waiting, SIGCHLD))
+		sigaddset(&signals->own, SIGCHLD);
+	sigprocmask(SIG_BLOCK, &signals->own, &signals->mask);
 }
 
 /* Those that wait would outlive an exec. */
-static void qs_release_signals(const sigset_t *before)
+static void qs_release_signals(const struct qs_signals *signals)
 {
 	const struct timespec now = { 0 };
-	sigset_t own = qs_own_signals();
 
-	while (sigtimedwait(&own, NULL, &now) > 0)
+	while (sigtimedwait(&signals->own, NULL, &now) > 0)
 		;
-	sigprocmask(SIG_SETMASK, before, NULL);
+	sigprocmask(SIG_SETMASK, &signals->mask, NULL);
 }
 
 /* What is known of one start; QEMU is asked when the first NIC needs it. */
 struct qs_start {
 	char path[PATH_MAX];
-	sigset_t mask; /* that QEMU is to have */
+	struct qs_signals signals;
 	long long deadline;
 	bool asked, answered;
 	struct qs_qemu qemu;
@@ -117,7 +116,7 @@ static int qs_ask_qemu(struct qs_start *start, struct qs_refusal *refusal)
 {
 	if (!start->asked) {
 		start->asked = true;
-		start->answered = !qs_qemu_probe(start->path, &start->mask, start->deadline,
+		start->answered = !qs_qemu_probe(start->path, &start->signals.mask, start->deadline,
 						 &start->qemu, &start->why_not);
 	}
 	if (start->answered)
@@ -189,9 +188,9 @@ static void qs_run_steered(int argc, char **argv, struct qs_nics *nics, struct q
 	}
 	if (!steered)
 		return;
-	qs_release_signals(&start->mask);
+	qs_release_signals(&start->signals);
 	execv(start->path, changed);
-	qs_hold_signals();
+	qs_hold_signals(&start->signals);
 	qs_refuse(&line, "%s does not start with programs: %s", start->path, strerror(errno));
 	qs_say(&line);
 	for (int i = 0; i < nics->count; i++)
@@ -207,7 +206,7 @@ int main(int argc, char **argv)
 	int found;
 
 	start.deadline = qs_now_ms() + QS_DEADLINE_MS;
-	start.mask = qs_hold_signals();
+	qs_hold_signals(&start.signals);
 	if (argc < 1 || qs_open_streams())
 		return QS_CANNOT_RUN;
 	found = qs_qemu_find(argv[0], start.path, &remark, &line);
@@ -221,9 +220,9 @@ int main(int argc, char **argv)
 	qs_nics_read(argc, argv, &nics);
 	if (nics.count)
 		qs_run_steered(argc, argv, &nics, &start);
-	qs_release_signals(&start.mask);
+	qs_release_signals(&start.signals);
 	execv(start.path, argv);
-	qs_hold_signals();
+	qs_hold_signals(&start.signals);
 	qs_refuse(&line, "cannot run %s: %s", start.path, strerror(errno));
 	qs_say(&line);
 	return QS_CANNOT_RUN;

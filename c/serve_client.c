@@ -27,16 +27,18 @@ union qs_fds {
 	char bytes[CMSG_SPACE(QS_PROGRAM_FDS * sizeof(int))];
 };
 
+static int qs_hung_up(struct qs_refusal *refusal)
+{
+	return qs_refuse(refusal, "qsteer serve has ended the connection");
+}
+
 static int qs_failed(const char *what, struct qs_refusal *refusal)
 {
 	if (errno == ETIMEDOUT || errno == EAGAIN)
 		return qs_refuse(refusal, "qsteer serve does not answer in time");
+	if (errno == ECONNRESET)
+		return qs_hung_up(refusal);
 	return qs_refuse(refusal, "%s: %s", what, strerror(errno));
-}
-
-static int qs_hung_up(struct qs_refusal *refusal)
-{
-	return qs_refuse(refusal, "qsteer serve has ended the connection");
 }
 
 static int qs_bad_answer(struct qs_refusal *refusal)

@@ -30,10 +30,10 @@ _TUN_DEVICE = os.makedev(10, 200)
 
 @contextlib.contextmanager
 def host() -> Iterator[Path]:
-    """Live in a mount namespace with an empty /etc/qemu and a /dev/net/tun for everybody; yields an empty folder.
+    """Live in a mount namespace with empty /etc/qemu and /etc/qsteer, and a /dev/net/tun for everybody.
 
-    The folder is a file system in memory, open to everybody, that knows file capabilities.  All of it goes with the
-    namespace: nothing outside is ever written to.
+    Yields an empty folder, which is a file system in memory, open to everybody, that knows file capabilities.  All of
+    it goes with the namespace: nothing outside is ever written to.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="qsbh-", dir="/var/tmp"))
@@ -45,9 +45,10 @@ def host() -> Iterator[Path]:
             path.mkdir()
         private.mount("--bind", "/etc", str(real))
         for entry in real.iterdir():
-            if entry.name != "qemu":
+            if entry.name not in ("qemu", "qsteer"):
                 (etc / entry.name).symlink_to(entry)
-        (etc / "qemu").mkdir()
+        for name in ("qemu", "qsteer"):
+            (etc / name).mkdir()
         private.mount("--bind", str(etc), "/etc")
         tun = folder / "tun"
         os.mknod(tun, stat.S_IFCHR | 0o666, _TUN_DEVICE)
