@@ -93,8 +93,8 @@ test-kernels: build ## everything that depends on the kernel, on Linux 6.1, 6.12
 test-vhost: build ## RSS with vhost=on, QEMU 10.0 and 11.1, in guests of a guest of Linux 6.12 (slow)
 	$(call as_root,$(VENV)/bin/python -m integration.kernels vhost $(KERNELS_ARGS))
 
-fuzz: build ## 300,000 hostile inputs for the helper (under ASan), the service and the QMP client (4 minutes)
-	$(call as_root,$(SHELL) -ec 'for what in "bridge_helper --fuzz" serve_fuzz "plugged --fuzz"; do \
+fuzz: build ## 500,000 hostile inputs for the C programs (under ASan), the service and the QMP client (4 minutes)
+	$(call as_root,$(SHELL) -ec 'for what in "bridge_helper --fuzz" qemu_fuzz serve_fuzz "plugged --fuzz"; do \
 		$(VENV)/bin/python -m integration.$$what; done')
 
 lint: build ## run the formatters and type checkers only

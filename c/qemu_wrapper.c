@@ -203,12 +203,14 @@ int main(int argc, char **argv)
 	static struct qs_start start;
 	static struct qs_nics nics;
 	struct qs_refusal line, remark;
+	bool ready;
 	int found;
 
+	if (argc < 1)
+		return QS_NOT_FOUND;
 	start.deadline = qs_now_ms() + QS_DEADLINE_MS;
 	qs_hold_signals(&start.signals);
-	if (argc < 1 || qs_open_streams())
-		return QS_CANNOT_RUN;
+	ready = !qs_open_streams();
 	found = qs_qemu_find(argv[0], start.path, &remark, &line);
 	if (*remark.why)
 		qs_say(&remark);
@@ -218,7 +220,7 @@ int main(int argc, char **argv)
 	}
 	argv[0] = start.path;
 	qs_nics_read(argc, argv, &nics);
-	if (nics.count)
+	if (ready && nics.count)
 		qs_run_steered(argc, argv, &nics, &start);
 	qs_release_signals(&start.signals);
 	execv(start.path, argv);

@@ -181,6 +181,8 @@ static int qs_receive_fds(int socket, long long deadline, int fds[QS_PROGRAM_FDS
 		return 0;
 	while (count)
 		close(fds[--count]);
+	if (message.msg_flags & MSG_CTRUNC)
+		return qs_refuse(refusal, "qsteer serve gives more fds than there is room for");
 	return qs_bad_answer(refusal);
 }
 

@@ -7,7 +7,6 @@ Everything is drawn from a seed: the same seed makes the same input.
 import collections
 import contextlib
 import ctypes
-import hashlib
 import os
 import random
 import resource
@@ -20,8 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from integration.apt import run
-from integration.provision import BUILD, CHECKOUT
+from integration import sanitized
+from integration.provision import CHECKOUT
+from integration.sanitized import FuzzError
 from tests.kernel import bridge_acls, bridges
 
 NAME = "qsteer-bridge-helper"
@@ -29,47 +29,22 @@ TIMEOUT_S = 20.0
 
 _C = CHECKOUT / "c"
 _PARSERS = tuple(_C / name for name in ("bridge_acl.c", "bridge_args.c", "refusal.c"))
-_HEADERS = tuple(_C / name for name in ("auto.h", "bridge_acl.h", "bridge_args.h", "refusal.h"))
-_FLAGS = ("-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined")
 # Leaks are looked for with ptrace(), which the helper forbids.
 _SANITIZERS = {"ASAN_OPTIONS": "detect_leaks=0:exitcode=99", "UBSAN_OPTIONS": "exitcode=99"}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class FuzzError(Exception):
-    """Something gave way; ``str()`` says to what."""
-
-
-def _compiled(name: str, main: Path) -> Path:
-    """A program under the sanitizers, named after its sources."""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (main, *_PARSERS, *_HEADERS))).hexdigest()
-    binary = BUILD / f"{name}-{digest[:12]}"
-    if not binary.exists():
-        BUILD.mkdir(exist_ok=True)
-        partial = BUILD / f"{name}.partial"
-        version = '-DQS_VERSION="sanitized"'
-        run("gcc", *_FLAGS, "-fno-sanitize-recover=all", version, f"-I{_C}", "-o", partial, main, *_PARSERS)
-        for old in BUILD.glob(f"{name}-*"):
-            old.unlink()
-        partial.rename(binary)
-    return binary
-
-
 def sanitized_helper() -> Path:
     """The whole program under AddressSanitizer and UndefinedBehaviorSanitizer.  Raises ProvisionError."""
-    return _compiled("bridge-sanitized", _C / "bridge_helper.c")
+    return sanitized.program("bridge-sanitized", (_C / "bridge_helper.c", *_PARSERS))
 
 
 def parsers(inputs: int, *, seed: int) -> str:
     """What the in-process fuzzer says of its run.  Raises FuzzError, ProvisionError."""
-    fuzzer = _compiled("bridge-fuzz", CHECKOUT / "tests" / "fuzz_bridge" / "fuzz.c")
+    fuzzer = sanitized.program("bridge-fuzz", (CHECKOUT / "tests" / "fuzz_bridge" / "fuzz.c", *_PARSERS))
     with tempfile.TemporaryDirectory(prefix="qsbh-", dir="/dev/shm") as folder:
-        command = [str(fuzzer), str(inputs), str(seed), folder]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, check=False)
-    if done.returncode:
-        raise FuzzError(f"{' '.join(command)}: exit status {done.returncode}: {done.stdout}{done.stderr[-4000:]}")
-    return done.stdout
+        return sanitized.run_fuzzer(fuzzer, inputs, seed, folder)
 
 
 # Lists for both helpers

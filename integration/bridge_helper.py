@@ -19,6 +19,7 @@ from pathlib import Path
 
 from integration import apt, bridge_fuzz, provision
 from integration.apt import ProvisionError
+from integration.sanitized import FuzzError
 from tests.kernel import bridge_acls, bridges, private, support
 
 NAME = "qemu-bridge-helper"
@@ -156,7 +157,7 @@ def main() -> int:
         if options.fuzz:
             return print_fuzz(options.inputs, options.runs, options.lists)
         return int(bool(print_matrix()))
-    except (ProvisionError, bridge_fuzz.FuzzError) as error:
+    except (ProvisionError, FuzzError) as error:
         print(f"bridge_helper: {error}", file=sys.stderr)
         return 1
 

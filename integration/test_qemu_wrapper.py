@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from integration import qemu_fuzz
 from integration.guest import Guest, as_user
 from integration.provision import Provisioned
 from integration.test_serve import check_flows, devices, serving
@@ -118,3 +119,9 @@ def test_libvirts_questions_pass_through(place: Place, user: str) -> None:
         ]
         wrapped, plain = ((done.returncode, TIME.sub("", done.stdout), done.stderr) for done in outcomes)
         assert wrapped == plain and len(plain[1]) > 20
+
+
+def test_it_stands_hostile_command_lines() -> None:
+    told = qemu_fuzz.command_lines(20_000, seed=3)
+    counted = re.fullmatch(r"20000 command lines: (\d+) NICs that get a program, (\d+) that do not\n", told)
+    assert counted and all(int(count) > 1000 for count in counted.groups()), told

@@ -704,7 +704,7 @@ SERVICES: dict[str, tuple[Behaviour, str]] = {
     "no reason": (say(frame({"version": 1, "ok": False})), BAD),
     "no fds in the message": (give(0), BAD),
     "three fds": (give(3), BAD),
-    "five fds": (give(5), BAD),
+    "five fds": (give(5), "qsteer serve gives more fds than there is room for"),
     "fds with the answer": (give(4, early=True), LATE),
     "a reason": (refuse("no rule is for you"), "no rule is for you"),
     "a reason that is not printable": (refuse("a\n\x1b[2J\u20ac"), "a??[2J???"),
