@@ -17,7 +17,7 @@ struct qs_nic {
 	bool vhost;
 	struct json_object *device;
 	struct qs_program program; /* this one and the next are the caller's */
-	bool steered;
+	char *given;		   /* the -device before it was changed, or NULL */
 };
 
 struct qs_nics {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-2-Clause
 /*
- * A QEMU without a machine, as libvirt runs it to learn its capabilities, tells its version when QMP greets, and answers
- * request-ebpf (9.0 and later) with an object file if it was built with eBPF.  The version alone would not do: built
- * without eBPF, or not by the way of its maps, QEMU ends where it is given fds that it has no use for.
+ * A QEMU without a machine, as libvirt runs one to learn its capabilities: QMP's greeting has the version, and
+ * request-ebpf (9.0 and later) is answered with an object file if it was built with eBPF.  The version alone would not
+ * do: a QEMU without eBPF ends where it is given fds.
  */
 #define _GNU_SOURCE
 #include "qemu_probe.h"

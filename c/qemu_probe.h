@@ -15,7 +15,7 @@ struct qs_qemu {
 
 /*
  * Run a QEMU for a moment, with a mask of signals.  0, or -1 and why that told nothing.  No process is left, and what
- * the caller has open is not inherited; a deadline is one of deadline.h.  The caller blocks SIGPIPE.
+ * the caller has open is not inherited; a deadline is one of deadline.h.  The caller holds SIGPIPE and SIGCHLD back.
  */
 int qs_qemu_probe(const char *path, const sigset_t *mask, long long deadline, struct qs_qemu *qemu,
 		  struct qs_refusal *refusal);

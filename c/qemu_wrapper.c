@@ -32,7 +32,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdlib.h>
+#include <stdbool.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -160,42 +160,43 @@ static int qs_steer(struct qs_nic *nic, char **device, struct qs_start *start,
 	changed = qs_nic_with_fds(*device, nic->program.fds);
 	if (!changed)
 		return qs_refuse(refusal, "out of memory");
+	nic->given = *device;
 	*device = changed;
 	qs_pass_on(&nic->program, true);
-	nic->steered = true;
 	return 0;
 }
 
 /* Become QEMU with a program for each NIC that gets one.  Returns where nothing came of it, and all is as it was. */
-static void qs_run_steered(int argc, char **argv, struct qs_nics *nics, struct qs_start *start)
+static void qs_run_steered(char **argv, struct qs_nics *nics, struct qs_start *start)
 {
-	char **changed = malloc((argc + 1) * sizeof(*changed));
 	struct qs_refusal line, why;
 	bool steered = false;
 
-	if (!changed)
-		return;
-	memcpy(changed, argv, (argc + 1) * sizeof(*changed));
 	for (int i = 0; i < nics->count; i++) {
 		struct qs_nic *nic = &nics->nic[i];
 
-		if (qs_steer(nic, &changed[nic->position], start, &why))
+		if (qs_steer(nic, &argv[nic->position], start, &why))
 			qs_refuse(&line, "%s: no program: %s", nic->name, why.why);
 		else
 			qs_refuse(&line, "%s: program %s", nic->name, nic->program.name);
 		qs_say(&line);
-		steered |= nic->steered;
+		steered |= nic->given != NULL;
 	}
 	if (!steered)
 		return;
 	qs_release_signals(&start->signals);
-	execv(start->path, changed);
+	execv(start->path, argv);
 	qs_hold_signals(&start->signals);
 	qs_refuse(&line, "%s does not start with programs: %s", start->path, strerror(errno));
 	qs_say(&line);
-	for (int i = 0; i < nics->count; i++)
-		if (nics->nic[i].steered)
-			qs_pass_on(&nics->nic[i].program, false);
+	for (int i = 0; i < nics->count; i++) {
+		struct qs_nic *nic = &nics->nic[i];
+
+		if (!nic->given)
+			continue;
+		argv[nic->position] = nic->given;
+		qs_pass_on(&nic->program, false);
+	}
 }
 
 int main(int argc, char **argv)
@@ -204,24 +205,24 @@ int main(int argc, char **argv)
 	static struct qs_nics nics;
 	struct qs_refusal line, remark;
 	bool ready;
-	int found;
+	int missing;
 
 	if (argc < 1)
 		return QS_NOT_FOUND;
 	start.deadline = qs_now_ms() + QS_DEADLINE_MS;
 	qs_hold_signals(&start.signals);
 	ready = !qs_open_streams();
-	found = qs_qemu_find(argv[0], start.path, &remark, &line);
+	missing = qs_qemu_find(argv[0], start.path, &remark, &line);
 	if (*remark.why)
 		qs_say(&remark);
-	if (found) {
+	if (missing) {
 		qs_say(&line);
 		return QS_NOT_FOUND;
 	}
 	argv[0] = start.path;
 	qs_nics_read(argc, argv, &nics);
 	if (ready && nics.count)
-		qs_run_steered(argc, argv, &nics, &start);
+		qs_run_steered(argv, &nics, &start);
 	qs_release_signals(&start.signals);
 	execv(start.path, argv);
 	qs_hold_signals(&start.signals);

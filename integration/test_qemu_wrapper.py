@@ -76,7 +76,7 @@ def test_a_guest_as_libvirt_starts_it(place: Place, user: str) -> None:
             numbers = [
                 int(number) for number in re.findall(r"^qsteer-qemu: net[01]: program qsteer (\d+) ", said, re.M)
             ]
-            assert len(said.splitlines()) == len(numbers) == len(set(numbers)) == 2, said
+            assert len(set(numbers)) == 2 and "eBPF" not in said and "RSS" not in said, said
             names = devices(guest)
             for number, (tap, weights) in enumerate((("qsqw0", "4 3 2 1"), ("qsqw1", "1 2 3 4"))):
                 check_flows(guest, place.files, names[f"52:54:00:71:77:0{number}"], tap, weights)

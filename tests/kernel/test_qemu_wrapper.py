@@ -348,6 +348,7 @@ CASES = {
     "fds are a number": netdev(NO_FDS, fds=5),
     "fds are empty": netdev(NO_FDS, fds=""),
     "names of fds": netdev(NO_FDS, fds="vnet0:vnet1"),
+    "a number and a name": netdev(NO_FDS, fds="@FD@:vnet1"),
     "a negative fd": netdev(NO_FDS, fds="-1"),
     "an fd too large": netdev(NO_FDS, fds="2147483648"),
     "an fd far too large": netdev(NO_FDS, fds="9" * 60),
