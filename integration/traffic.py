@@ -28,6 +28,7 @@ from pathlib import Path
 from integration.guest import Console, GuestError
 from qsteer.reference import queue_of
 from qsteer.rss import RssConfig
+from tests.kernel import support
 from tests.kernel.support import PATIENCE
 
 FLOWS = 4096
@@ -39,7 +40,6 @@ QUIET_MS = int(3000 * PATIENCE)
 TIMEOUT_S = 60.0 * PATIENCE
 
 _MAGIC = b"qsteerrx"
-_IFF_UP = 1
 _SOURCE_MAC = bytes.fromhex("020071737400")
 _TCP, _UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
 _V4 = ipaddress.IPv4Network("198.18.0.0/15")
@@ -121,12 +121,6 @@ def _checksum(data: bytes) -> bytes:
     return struct.pack("!H", ~total & 0xFFFF)
 
 
-def bring_up(tap: str) -> None:
-    """Set a device up (idempotent)."""
-    flags = Path(f"/sys/class/net/{tap}/flags")
-    flags.write_text(hex(int(flags.read_text(), 16) | _IFF_UP))
-
-
 def follow(
     guest: Console, tap: str, flowrx: Path, *, queues: int, flows: int = FLOWS, device: str = "eth0"
 ) -> Sighting:
@@ -135,7 +129,7 @@ def follow(
     ``queues`` is the number of queues that the device has.  Raises GuestError.
     """
     mac = guest.mac(device)
-    bring_up(tap)
+    support.links_up(tap)
     in_guest = ["."] * flows
     on_host = ["."] * flows
     for batch in range(1, ROUNDS + 1):

@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from integration import traffic
 from integration.guest import Guest
 from integration.numbered import Log, Mapping, Traffic, Verdict, judge, queues_of
 from integration.provision import Provisioned
@@ -39,6 +38,7 @@ from integration.timeline import STEP_S, Sampler
 from qsteer.errors import UnsupportedError
 from qsteer.render import columns
 from qsteer.rss import KEY_BYTES
+from tests.kernel import support
 
 TAP = "qschg1"
 QUEUES = 4
@@ -134,7 +134,7 @@ def change_in_a_guest(files: Provisioned, user: str, changes: int, seed: int) ->
     with Guest(files, name=TAP, user=user, prefix=prefix) as guest, contextlib.ExitStack() as stack:
         guest.wait_ready()
         mac = guest.mac()
-        traffic.bring_up(TAP)
+        support.links_up(TAP)
         guest.run("ethtool -X eth0 equal 3")  # QEMU attaches it for the first time, over nothing
         configs = [guest.rss()]
         watchers = [stack.enter_context(_watcher(TAP, queue)) for queue in range(QUEUES)]

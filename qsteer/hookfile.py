@@ -11,8 +11,6 @@ libvirt is given a script of a few lines, which knows where the hook is, and pas
 
 import contextlib
 import os
-import shlex
-import sysconfig
 from pathlib import Path
 
 from qsteer.errors import NotFoundError, QsteerError, from_errno
@@ -29,6 +27,8 @@ MARK = '# Written by "qsteer libvirt install"; "qsteer libvirt uninstall" takes 
 
 def text(hook: Path) -> str:
     """The script, for a hook that is at ``hook``."""
+    import shlex
+
     return f"""#!/bin/sh
 {MARK}
 # SPDX-License-Identifier: BSD-2-Clause
@@ -43,6 +43,8 @@ hook={shlex.quote(str(hook))}
 
 def hook() -> Path:
     """Where the hook is, beside the qsteer that runs.  Raises NotFoundError if it is missing."""
+    import sysconfig
+
     path = Path(sysconfig.get_path("scripts")) / NAME
     if not os.access(path, os.X_OK):
         raise NotFoundError(f"{path} is missing", hint="make install puts it there")

@@ -29,10 +29,10 @@ from integration.guest import GuestError
 from integration.kernels.guests import QEMUS
 from integration.kernels.nested import PATIENTLY, Nic, Vm, qsteer, unprivileged
 from integration.provision import Provisioned
-from integration.traffic import FLOWS, bring_up, frame
+from integration.traffic import FLOWS, frame
 from qsteer import inventory
 from qsteer.rss import RssConfig
-from tests.kernel.support import PATIENCE
+from tests.kernel.support import PATIENCE, links_up
 
 PASSED = Nic(tap="qskv0", vhost=True, rss=True, passed=True)
 OFFERED = Nic(tap="qskv1", vhost=True, rss=True)
@@ -120,7 +120,7 @@ class Show:
     def _rate(self, nic: Nic) -> float:
         mac = self._vm.guest.mac(self._vm.device(nic))
         frames = [frame(number, mac) for number in range(FLOWS)]
-        bring_up(nic.tap)
+        links_up(nic.tap)
         before, began = self._received(nic), time.monotonic()
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
             sender.bind((nic.tap, 0))

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""A file system in user space with one file, whose closing by one process is never answered (linux/fuse.h)."""
+"""A file system in user space with one file, that leaves something without an answer for ever (linux/fuse.h)."""
 
 import contextlib
 import ctypes
 import errno
 import os
 import struct
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,14 @@ _SILENT = (2, 36, 42)  # FORGET, INTERRUPT, BATCH_FORGET want no answer
 
 
 class FileSystem:
-    """``never`` is the pid of the process whose closing is not answered, ``waits`` is set when it has closed."""
+    """``never`` is the pid of the process whose closing is not answered, ``waits`` is set when it has closed.
+
+    ``silent``: nothing is answered at all.
+    """
 
     def __init__(self, device: int) -> None:
         self.never = 0
+        self.silent = False
         self.waits = threading.Event()
         self._device = device
 
@@ -33,7 +38,7 @@ class FileSystem:
             while True:
                 request = os.read(self._device, 1 << 17)
                 _, opcode, unique, node, _, _, thread = _IN.unpack_from(request)
-                if opcode in _SILENT:
+                if opcode in _SILENT or (self.silent and opcode != _INIT):
                     continue
                 if opcode == _FLUSH and Path(f"/proc/{self.never}/task/{thread}").exists():
                     self.waits.set()
@@ -76,3 +81,11 @@ def mounted(place: Path) -> Iterator[FileSystem]:
         _libc.umount2(os.fsencode(place), _MNT_FORCE | _MNT_DETACH)
         thread.join(20)
         os.close(device)
+
+
+@contextlib.contextmanager
+def stalled() -> Iterator[Path]:
+    """A directory in which whoever looks for a file waits until the end of this."""
+    with tempfile.TemporaryDirectory(prefix="qsfuse-") as name, mounted(Path(name)) as served:
+        served.silent = True
+        yield Path(name)
