@@ -208,7 +208,7 @@ class Libvirtd:
 
     def __enter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="qslvd-"))
-        self.folder.chmod(0o755)
+        self.folder.chmod(0o1777)  # for the sockets of migrations, too
         config = f'unix_sock_dir = "{self.folder}"\nhost_uuid = "{uuid.uuid4()}"\nauth_unix_rw = "none"\n'
         (self.folder / "libvirtd.conf").write_text(config)
         try:
@@ -323,6 +323,10 @@ class Domain(Console):
     def pid(self) -> int:
         """QEMU's process."""
         return int((self.libvirtd.root / f"run/libvirt/qemu/{self.name}.pid").read_text())
+
+    def live_xml(self) -> str:
+        """The domain as it runs, fit to be given to a migration."""
+        return self.libvirtd.virsh("dumpxml", "--migratable", self.name).stdout
 
     def log(self) -> str:
         """What QEMU said."""

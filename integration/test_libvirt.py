@@ -6,6 +6,7 @@ import json
 import os
 import pwd
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -13,11 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
-from integration.libvirt_host import USER, Domain, Journal, Libvirtd, Nic, host, provision_libvirt
-from integration.provision import BUILD, Provisioned
+from integration.handover import Handover
+from integration.keeping import keep
+from integration.libvirt_host import QEMU, USER, Domain, Journal, Libvirtd, Nic, another_host, host, provision_libvirt
+from integration.provision import BUILD, Provisioned, provision_new_qemu
 from integration.traffic import FLOWS, follow, verify
 from qsteer import hookfile, inventory, service
 from qsteer.domainpolicy import NAMESPACE
@@ -53,7 +57,14 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(need_root_for_module: None, files: Provisioned) -> Iterator[Place]:
+def newest_qemu(request: pytest.FixtureRequest) -> Path | None:
+    """Made before the module's own host, in which apt does not work; only where some test wants it."""
+    wanted = any(item.get_closest_marker("compat") for item in request.session.items)
+    return provision_new_qemu() if wanted else None
+
+
+@pytest.fixture(scope="module")
+def place(need_root_for_module: None, files: Provisioned, newest_qemu: Path | None) -> Iterator[Place]:
     root = provision_libvirt()
     with host(root) as journal, support.network_namespace(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("QSTEER_CONFIG", str(CONFIG.parent))
@@ -339,3 +350,261 @@ def test_the_wrapper_without_a_service(place: Place) -> None:
         place.libvirtd.virsh("start", domain.name)
         assert "qsteer-qemu: net0: no program: no qsteer serve listens" in domain.log()
         assert "steers in software" in place.journal.text(domain.name)
+
+
+@pytest.fixture(scope="module", params=["a copy", pytest.param("the newest", marks=pytest.mark.compat)])
+def upgrade(request: pytest.FixtureRequest, place: Place, newest_qemu: Path | None) -> Path:
+    """Another QEMU than the one of libvirt's release; a copy of it is another one, too."""
+    if request.param == "a copy":
+        return Path(shutil.copy(QEMU, "/var/lib/libvirt/qemu-copy"))
+    assert newest_qemu
+    return newest_qemu
+
+
+def test_an_upgrade_behind_the_wrapper(place: Place, upgrade: Path) -> None:
+    """libvirt looks at the wrapper's own times; the hook has it look again when there is another QEMU behind it."""
+    nic = Nic(mac=MACS[0], tap=TAPS[0], rss=True)
+    real = Path("/etc/qsteer/qemu") / QEMU.name
+    real.parent.mkdir()
+    with contextlib.ExitStack() as undo, serving():
+        undo.callback(shutil.rmtree, real.parent)
+        domain = undo.enter_context(place.domain("qslv-upgraded", nic, emulator=WRAPPER))
+
+        def start() -> int:
+            """How many times the hook has said that there is another QEMU."""
+            place.libvirtd.virsh("start", domain.name)
+            domain.reconnected()
+            assert "qsteer-qemu: net0: program qsteer" in domain.log()
+            place.libvirtd.virsh("destroy", domain.name)
+            return place.journal.text(domain.name).count("runs another QEMU than when libvirt last looked")
+
+        start()  # which marks the wrapper
+        start()
+        before, told = known_of_wrapper(), start()
+        assert known_of_wrapper() == before
+        real.symlink_to(upgrade)
+        assert start() == told + 1  # by what it knew of the one before
+        assert start() == told + 1
+        after = known_of_wrapper()
+        assert after != before
+        print(f"libvirt knows the wrapped QEMU as {before} and then as {after}")
+        domain.boot()
+        domain.run("ethtool -X eth0 equal 3")
+        check_flows(domain, place.files, TAPS[0], domain.rss())
+
+
+def known_of_wrapper() -> tuple[str | None, ...]:
+    """libvirt's cache: the ctime of the wrapper, and the version that it told."""
+    for path in Path("/var/cache/libvirt/qemu/capabilities").glob("*.xml"):
+        known = ElementTree.parse(path).getroot()
+        if known.findtext("emulator") == str(WRAPPER):
+            return known.findtext("qemuctime"), known.findtext("version")
+    raise AssertionError("libvirt has not looked at the wrapper")
+
+
+# rss='on' without the wrapper
+
+
+def test_what_is_said_where_qemu_steers_in_software(place: Place) -> None:
+    """The hook and status say it; with keep and a QMP socket for it the host's kernel does the work."""
+    extra = (
+        "<qemu:commandline><qemu:arg value='-qmp'/>"
+        "<qemu:arg value='unix:/run/libvirt/qemu/qslv.qmp,server=on,wait=off'/></qemu:commandline>"
+    )
+    with place.domain("qslv-software", Nic(mac=MACS[0], tap=TAPS[0], rss=True), extra=extra) as domain:
+        place.libvirtd.virsh("start", domain.name)
+        domain.wait_ready()
+        told = place.journal.entries(domain.name)[-1]
+        assert told["PRIORITY"] == "4" and "steers in software" in told["MESSAGE"] and "qsteer keep" in told["MESSAGE"]
+        assert "QEMU steers in software" in support.qsteer("status", "--vm", domain.name).stdout
+        domain.run("ethtool -X eth0 equal 3")
+        with keep(domain.name, "--allow", "pause") as kept:
+            kept.wait_for("steered", TAPS[0])
+            check_flows(domain, place.files, TAPS[0], domain.rss())
+            source = seen(domain).program.ident.source  # type: ignore[union-attr]
+            assert source is Source.DEVICE_STATE
+            # The next start is left to it.
+            place.libvirtd.virsh("destroy", domain.name)
+            place.libvirtd.virsh("start", domain.name)
+            assert f"left to qsteer keep (process {kept.process.pid})" in place.journal.text(domain.name)
+
+
+# Hotplug, with keep
+
+
+def test_keep_steers_what_is_plugged_in(place: Place) -> None:
+    """No hook fires: keep sees the tap, finds its policy, and is done with it when it is gone."""
+    policy = f"><q:interface mac='{MACS[1]}' weight='1,2,1,1'/>"
+    plugged = Nic(mac=MACS[1], tap=TAPS[1])
+    with (
+        place.domain("qslv-plug", Nic(mac=MACS[0], tap=TAPS[0]), policy=policy) as domain,
+        keep(domain.name) as kept,
+    ):
+        domain.boot()
+        for _ in range(2):
+            at = len(kept.read())
+            began = time.monotonic()
+            place.libvirtd.virsh("attach-device", domain.name, place.libvirtd.file(plugged.xml(), "nic.xml"))
+            kept.wait_for("steered", TAPS[1], after=at)
+            print(f"steered {(time.monotonic() - began) * 1000:.0f} ms after the beginning of attach-device")
+            support.wait_until("the policy", lambda: table_of(domain) == weighted_table((1, 2, 1, 1)), 60)
+            support.wait_until("the guest's driver", lambda: MACS[1] in devices(domain))
+            device = devices(domain)[MACS[1]]
+            domain.run(f"ip link set {device} up; ethtool -L {device} combined {QUEUES}")
+            config = attached(domain, TAPS[1])
+            assert config
+            check_flows(domain, place.files, TAPS[1], config)
+            place.libvirtd.virsh("detach-device", domain.name, place.libvirtd.file(plugged.xml(), "nic.xml"))
+            kept.wait_for("tap-gone", TAPS[1], after=at)
+            support.wait_until("the program's end", lambda: not support.programs_of(TAPS[1]))
+
+
+def table_of(domain: Domain) -> tuple[int, ...] | None:
+    config = attached(domain, TAPS[1])
+    return config.table if config else None
+
+
+# Guests that come from elsewhere
+
+SET_UPS = ("hook", "hook and keep")
+
+
+@pytest.mark.parametrize("set_up", SET_UPS)
+def test_a_guest_is_saved_and_restored(place: Place, set_up: str) -> None:
+    policy = f"><q:interface key='{KEY.hex(':')}' equal='3'/>"
+    with place.domain("qslv-saved", Nic(mac=MACS[0], tap=TAPS[0]), policy=policy) as domain:
+        domain.boot()
+        before = attached(domain)
+        with keep(domain.name) if set_up == "hook and keep" else contextlib.nullcontext():
+            place.libvirtd.virsh("managedsave", domain.name)
+            status = Path(f"/run/libvirt/qemu/{domain.name}.xml")
+            with Handover(TAPS[0], 0, status) as handover:
+                place.libvirtd.virsh("start", domain.name)
+                told = handover.wait_steered()
+            print(f"restored, with {set_up}: unsteered for {told:.0f} ms")
+            assert told < support.patience(2000)
+            domain.reconnected()
+            assert attached(domain) == before and before
+            check_flows(domain, place.files, TAPS[0], before)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """Where guests migrate to."""
+
+    libvirtd: Libvirtd
+    journal: Journal
+
+    def qsteer(self, *arguments: str) -> str:
+        return self.libvirtd.run(*QSTEER, *arguments).stdout
+
+
+@pytest.fixture(scope="module")
+def destination(place: Place) -> Iterator[Destination]:
+    """Another host, without qsteer's hook."""
+    with another_host(place.root) as (pid, journal):
+        Path(f"/proc/{pid}/root{hookfile.SCRIPT}").unlink()
+        with Libvirtd(pid) as libvirtd:
+            yield Destination(libvirtd=libvirtd, journal=journal)
+
+
+def migrate(domain: Domain, to: Destination, *options: str) -> float:
+    """For how many milliseconds it ran unsteered; "inf" if it is not steered."""
+    path = f"{to.libvirtd.folder}/migration"
+    status = to.libvirtd.root / f"run/libvirt/qemu/{domain.name}.xml"
+    with Handover("vnet", domain.pid, status) as handover:
+        flags = ("--live", "--persistent", "--undefinesource", *options)
+        domain.libvirtd.virsh("migrate", *flags, domain.name, to.libvirtd.uri, f"unix://{path}")
+        domain.libvirtd = to.libvirtd
+        domain.reconnected()
+        support.wait_until("the guest runs", lambda: handover.ran_at)
+        try:
+            return handover.wait_steered()
+        except AssertionError:
+            return float("inf")
+
+
+def test_a_guest_migrates_with_its_policy(place: Place, destination: Destination) -> None:
+    """To a host without the hook, which takes it all the same; and to one that has it."""
+    policy = f"><q:interface key='{KEY.hex(':')}' weight='3,2,1,1'/>"
+    with place.domain("qslv-moves", Nic(mac=MACS[0]), policy=policy) as domain:
+        domain.boot()
+        before = attached(domain)
+        assert before
+        path = f"{destination.libvirtd.folder}/migration"
+        domain.libvirtd.virsh("migrate", "--live", domain.name, destination.libvirtd.uri, f"unix://{path}")
+        domain.libvirtd = destination.libvirtd
+        domain.reconnected()
+        assert domain.run("echo here") == "here"
+        assert not seen(domain).program_id and not destination.journal.text(domain.name)
+        # The policy is there, for whoever looks at it.
+        assert "replaced" not in destination.qsteer("apply", "--vm", domain.name)
+        assert attached(domain) == before
+        back = Destination(libvirtd=place.libvirtd, journal=place.journal)
+        at = len(place.journal.entries(domain.name))
+        told = migrate(domain, back)
+        print(f"migrated, with the hook: unsteered for {told:.0f} ms")
+        assert told < support.patience(2000)
+        assert attached(domain) == before
+        said = [entry["MESSAGE"] for entry in place.journal.entries(domain.name)[at:]]
+        assert "migrates to this host: its policy comes along" in said[0]
+        check_flows(domain, place.files, seen(domain).name, before)
+
+
+def test_a_guest_migrates_with_the_wrapper(place: Place, destination: Destination) -> None:
+    """The guest's own table comes with its state: the new QEMU writes it into the new program's maps, and attaches it.
+
+    A host without the wrapper does not take the domain as it is; with another emulator it does, and steers in software.
+    """
+    with serving(), place.domain("qslv-wraps", Nic(mac=MACS[0], rss=True), emulator=WRAPPER) as domain:
+        domain.boot()
+        domain.run(f"ethtool -X eth0 hkey {KEY.hex(':')} weight 1 2 3 4")
+        asked = domain.rss()
+        path = f"unix://{destination.libvirtd.folder}/migration"
+        there = destination.libvirtd.root / str(WRAPPER).lstrip("/")
+        there.rename(there.with_suffix(".away"))
+        done = domain.libvirtd.virsh("migrate", "--live", domain.name, destination.libvirtd.uri, path, check=False)
+        assert done.returncode and str(WRAPPER) in done.stderr, done
+        assert domain.run("echo here") == "here"
+        check_flows(domain, place.files, seen(domain).name, asked)
+
+        plain = domain.libvirtd.file(domain.live_xml().replace(str(WRAPPER), str(QEMU)), "plain.xml")
+        domain.libvirtd.virsh("migrate", "--live", "--xml", plain, domain.name, destination.libvirtd.uri, path)
+        domain.libvirtd = destination.libvirtd
+        domain.reconnected()
+        assert domain.rss() == asked
+        assert "QEMU steers in software" in destination.qsteer("status", "--vm", domain.name)
+
+        wrapped = domain.libvirtd.file(domain.live_xml().replace(str(QEMU), str(WRAPPER)), "wrapped.xml")
+        there.with_suffix(".away").rename(there)
+        back = Destination(libvirtd=place.libvirtd, journal=place.journal)
+        told = migrate(domain, back, "--xml", wrapped)
+        print(f"migrated, with the wrapper: unsteered for {told:.0f} ms")
+        assert domain.rss() == asked and attached(domain) == asked
+        check_flows(domain, place.files, seen(domain).name, asked)
+
+
+# What it costs
+
+
+def test_what_the_hook_adds_to_a_start(place: Place) -> None:
+    """Ten starts with and without it, by turns."""
+    without: list[float] = []
+    with_it: list[float] = []
+    script = hookfile.SCRIPT.read_text()
+    with place.domain("qslv-time", Nic(mac=MACS[0], tap=TAPS[0])) as domain:
+        for _ in range(10):
+            for times, text in ((without, "#!/bin/sh\n"), (with_it, script)):
+                hookfile.SCRIPT.write_text(text)
+                began = time.monotonic()
+                place.libvirtd.virsh("start", domain.name)
+                times.append((time.monotonic() - began) * 1000)
+                domain.reconnected()
+                assert bool(seen(domain).program_id) == (times is with_it)
+                place.libvirtd.virsh("destroy", domain.name)
+    added = statistics.median(with_it) - statistics.median(without)
+    for what, times in (("without", without), ("with", with_it)):
+        spread = f"{min(times):.0f} to {max(times):.0f}"
+        print(f"virsh start {what} the hook: median {statistics.median(times):.0f} ms, {spread}")
+    print(f"added: {added:.0f} ms")
+    assert added < support.patience(300)

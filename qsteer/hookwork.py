@@ -20,9 +20,11 @@ its QEMU has ended.  Where a ``qsteer keep`` runs, that is left to it.
 """
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from qsteer import execute, holds, hookplan, inventory, libvirt, others
 from qsteer.config import ConfigError, load
@@ -40,6 +42,8 @@ LOCK_S = 1.0
 VERSION_S = 0.5
 FOLLOW_S = 24 * 3600.0
 FOLLOW_EVERY_S = 0.02
+_WRAPPERS = "qsteer-"
+"""How the names of qsteer-qemu begin (c/qemu_find.c)."""
 
 
 def run(
@@ -74,6 +78,7 @@ class _Work:
         self._tell_required, self._refuse = required, refuse
         self._journal = SystemJournal(NAME, QSTEER_DOMAIN=printable(name))
         self._required = False
+        self._version: tuple[int, int] | None = None
         self._to_follow: tuple[Process, Config] | None = None
 
     def do(self, operation: str) -> None:
@@ -91,6 +96,7 @@ class _Work:
             return
         process, domain = libvirt.running(self._name)
         decisions = self._steer(process, domain, config, is_start=operation == "started")
+        self._mark_wrapper(description, process)
         if any(decision.follow for decision in decisions):
             self._to_follow = process, config
 
@@ -154,18 +160,39 @@ class _Work:
         """What was done, tap by tap.  Raises QsteerError."""
         intent = Intent(Settings(), if_absent=not is_start, load=lambda: config)
         taps = [tap for tap in inventory.of_domain(process, domain) if self._is_wanted(tap, intent)]
-        is_needed = any(map(hookplan.needs_version, taps))
+        is_needed = not self._version and any(map(hookplan.needs_version, taps))
         with others.asked_for_version(process.pid) if is_needed else contextlib.nullcontext() as asked:
             keep_pid = others.keep_of((domain.name, domain.uuid))
-            version = others.version(asked, VERSION_S)
+            self._version = self._version or others.version(asked, VERSION_S)
+        incoming = domain.incoming and is_start
         decisions = [
-            hookplan.decide(tap, intent(tap), version=version, keep_pid=keep_pid, incoming=domain.incoming and is_start)
+            hookplan.decide(tap, intent(tap), version=self._version, keep_pid=keep_pid, incoming=incoming)
             for tap in taps
         ]
         with execute.lock(LOCK_S):
             for tap, decision in zip(taps, decisions, strict=True):
                 self._carry_out(tap, decision, intent)
         return decisions
+
+    def _mark_wrapper(self, description: Description, process: Process) -> None:
+        """Have libvirt look again at a wrapper behind which there is another QEMU now.
+
+        libvirt remembers what a QEMU can do for as long as the file's ctime is the same, which that of a wrapper is
+        when the QEMU is upgraded.  The file's mtime says which QEMU it was seen with: that one's ctime.
+        """
+        emulator = description.emulator or ""
+        if not emulator.rpartition("/")[2].startswith(_WRAPPERS):
+            return
+        try:
+            qemu, wrapper = Path(f"/proc/{process.pid}/exe").stat(), Path(emulator).stat()
+            if wrapper.st_mtime_ns != qemu.st_ctime_ns:
+                os.utime(emulator, ns=(wrapper.st_atime_ns, qemu.st_ctime_ns))
+                self.say(
+                    f"{emulator} runs another QEMU than when libvirt last looked: it looks again at the next start"
+                )
+        except OSError as error:
+            told = f"libvirt may take {emulator} for an older QEMU: cannot mark it: {error.strerror}"
+            self.say(told, Priority.WARNING)
 
     def _is_wanted(self, tap: Tap, intent: Intent) -> bool:
         return intent.config.libvirt.steer == "all" or intent.settings(tap) != Settings()
