@@ -356,7 +356,9 @@ def test_the_wrapper_without_a_service(place: Place) -> None:
 def upgrade(request: pytest.FixtureRequest, place: Place, newest_qemu: Path | None) -> Path:
     """Another QEMU than the one of libvirt's release; a copy of it is another one, too."""
     if request.param == "a copy":
-        return Path(shutil.copy(QEMU, "/var/lib/libvirt/qemu-copy"))
+        other = Path("/var/lib/libvirt/other")
+        other.mkdir()
+        return Path(shutil.copy(QEMU, other))
     assert newest_qemu
     return newest_qemu
 
