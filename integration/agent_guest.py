@@ -16,7 +16,7 @@ from pathlib import Path
 
 from integration import apt
 from integration.apt import run, say
-from integration.guest import Guest
+from integration.guest import Console
 from integration.provision import BUILD, GUEST_SUITE, Provisioned
 
 AGENT_PACKAGE = "qemu-guest-agent"
@@ -86,7 +86,7 @@ def agent_arguments(socket: Path) -> tuple[str, ...]:
     )
 
 
-def restart_agent(guest: Guest, options: str = "") -> None:
+def restart_agent(guest: Console, options: str = "") -> None:
     """The agent runs from now on, with these ``options``; not the one that may have run before."""
     stop_agent(guest)
     load = "; ".join(f"insmod /agent/{name}.ko" for name in _MODULES)
@@ -94,7 +94,7 @@ def restart_agent(guest: Guest, options: str = "") -> None:
     guest.run(f"{_AGENT} --daemonize --path /dev/vport*p1 --statedir /tmp --pidfile {_PIDFILE} {options}")
 
 
-def stop_agent(guest: Guest) -> None:
+def stop_agent(guest: Console) -> None:
     """No agent runs from now on."""
     # SIGKILL: qemu-ga 7.2 can deadlock in its handler of SIGTERM (glib's locks), above all when it has just begun.
     guest.run(f"[ ! -e {_PIDFILE} ] || while kill -9 $(cat {_PIDFILE}); do usleep 10000; done; rm -f {_PIDFILE}")

@@ -83,7 +83,7 @@ def provision_libvirt() -> Path:
 def host(root: Path) -> Iterator["Journal"]:
     """Live on a host that has libvirt; children do, too.  Gives what is said to its journal."""
     # The directory outlives the namespace, which its contents are mounted in.
-    with tempfile.TemporaryDirectory(prefix="qslv-", dir="/var/tmp") as memory, private.memory():
+    with tempfile.TemporaryDirectory(prefix="qslv-") as memory, private.memory():
         _lay_over(root, Path(memory))
         with Journal(Path(memory, "journal")) as journal:
             yield journal
@@ -184,14 +184,16 @@ class Nic:
     tap: str = ""
     queues: int = 4
     rss: bool | None = False
+    vhost: bool = False
 
     def xml(self) -> str:
         """The interface element."""
+        name = "vhost" if self.vhost else "qemu"
         rss = "" if self.rss is None else f" rss='{'on' if self.rss else 'off'}'"
         target = f"<target dev='{self.tap}'/>" if self.tap else ""
         return (
             f"<interface type='ethernet'><mac address='{self.mac}'/>{target}<model type='virtio'/>"
-            f"<driver name='qemu' queues='{self.queues}'{rss}/><rom enabled='no'/></interface>"
+            f"<driver name='{name}' queues='{self.queues}'{rss}/><rom enabled='no'/></interface>"
         )
 
 
@@ -275,7 +277,8 @@ class Libvirtd:
 class Domain(Console):
     """A guest of libvirt's; a context manager that defines it, and undefines it.  ``boot`` starts it.
 
-    ``metadata`` is XML for the element of that name, ``emulator`` the QEMU, ``extra`` XML for the domain.
+    ``metadata`` is XML for the element of that name, ``emulator`` the QEMU, ``devices`` XML for more of them, and
+    ``extra`` for the domain.
     """
 
     def __init__(
@@ -287,12 +290,13 @@ class Domain(Console):
         nics: Sequence[Nic],
         metadata: str = "",
         emulator: Path = QEMU,
+        devices: str = "",
         extra: str = "",
     ) -> None:
         super().__init__(name)
         self.libvirtd = libvirtd
         self._files, self._nics, self._metadata = files, nics, metadata
-        self._emulator, self._extra = emulator, extra
+        self._emulator, self._devices, self._extra = emulator, devices, extra
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
@@ -360,6 +364,7 @@ class Domain(Console):
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
     <video><model type='none'/></video>
+    {self._devices}
   </devices>
   {self._extra}
 </domain>

@@ -12,13 +12,21 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "qsteer.8").read_text()
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     parser = cli.parser()
-    (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return {"": parser, **verbs.choices}
+    return {"": parser, **below(parser)}
+
+
+def below(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    found: dict[str, argparse.ArgumentParser] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= action.choices
+    return found
 
 
 def test_every_verb_and_option_is_in_the_page_and_no_other() -> None:
     known = parsers()
-    options = {option for parser in known.values() for action in parser._actions for option in action.option_strings}
+    every = [*known.values(), *(verb for noun in known.values() for verb in below(noun).values())]
+    options = {option for parser in every for action in parser._actions for option in action.option_strings}
     described = set()
     for line in PAGE.replace("\\\n", "").splitlines():
         if line.startswith(".It Fl"):
