@@ -19,8 +19,8 @@ An ``interface`` is for the NIC of its alias or MAC, and without either for ever
 later ones go over earlier ones, and what is said here goes over the configuration.  But who may write a domain is not
 always who administers the host: the configuration says which words of a policy count (``settings.Libvirt``).
 
-A policy with a mistake counts for nothing, but for ``required``: whoever insists on steering does not want to go
-without because of a typing error.
+A policy with a mistake counts for nothing, but for ``required``: whoever insists on steering, be it for one NIC, does
+not want to go without because of a typing error.
 """
 
 import re
@@ -50,6 +50,9 @@ _SHOWN_MAX = 60
 _MAC = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _TABLES = ("table", "equal", "weight")
 _ENGINES = ("auto", "ebpf")
+_NO_TYPES = "none"
+_BLANKS = " \t\r\n"
+"""XML's, which may be anywhere between elements."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +74,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """A domain's policy.  With ``mistakes`` there are no ``entries``; ``required`` is that of all NICs."""
+    """A domain's policy.  ``required`` is that of all NICs.
+
+    With ``mistakes`` there are no ``entries``, and what one of them insisted on is ``required`` of all NICs.
+    """
 
     entries: tuple[Entry, ...] = ()
     required: bool | None = None
@@ -100,7 +106,7 @@ def limited(said: Settings, words: Collection[str]) -> tuple[Settings, tuple[str
         "types": said.static.types is not None,
         "unclassified-queue": said.static.unclassified_queue is not None,
         "pause": bool(said.allow),
-        "required": bool(said.required),
+        "required": said.required is not None,
     }
     refused = tuple(word for word, is_asked in asked.items() if is_asked and word not in words)
     static = Static(
@@ -130,8 +136,8 @@ def find(metadata: Element | None) -> Policy | None:
 def parse(element: Element) -> Policy:
     """What a ``steering`` element says.  Raises nothing: what is wrong with it is in ``mistakes``."""
     mistakes: list[str] = []
-    required = _attributes(element, {"required": _truth}, "steering", mistakes).get("required")
-    entries = []
+    required = _attributes(element, _STEERING, "steering", mistakes).get("required")
+    entries: list[Entry] = []
     for number, child in enumerate(element, 1):
         if number > INTERFACES_MAX:
             mistakes.append(f"more than {INTERFACES_MAX} elements")
@@ -140,14 +146,17 @@ def parse(element: Element) -> Policy:
             mistakes.append(f"<{_shown(_local(child.tag))}> is no element of qsteer's; <interface> is")
         elif entry := _entry(child, number, mistakes):
             entries.append(entry)
-    for one in (element, *element[:INTERFACES_MAX]):
-        if (one.text and one.text.strip()) or (one is not element and ((one.tail and one.tail.strip()) or len(one))):
-            mistakes.append(f"<{_shown(_local(one.tag))}>: text, or an element, where none belongs")
-            break
-    more = len(mistakes) - MISTAKES_MAX
-    if more > 0:
-        mistakes = [*mistakes[:MISTAKES_MAX], f"{more} more mistakes"]
-    return Policy(entries=() if mistakes else tuple(entries), required=required, mistakes=tuple(mistakes))
+    children = element[:INTERFACES_MAX]
+    texts = (element.text, *(text for child in children for text in (child.text, child.tail)))
+    if any(text and text.strip(_BLANKS) for text in texts) or any(map(len, children)):
+        mistakes.append("text, or an element, where none belongs")
+    if not mistakes:
+        return Policy(entries=tuple(entries), required=required)
+    if any(child.get("required") == "yes" for child in children):
+        required = True
+    if (more := len(mistakes) - MISTAKES_MAX) > 0:
+        mistakes = [*mistakes[:MISTAKES_MAX], f"mistakes that are not shown: {more}"]
+    return Policy(required=required, mistakes=tuple(mistakes))
 
 
 def to_xml(policy: Policy) -> str:
@@ -160,7 +169,7 @@ def to_xml(policy: Policy) -> str:
             "mac": entry.mac,
             "source": None if static or said.source is None else str(said.source),
             "engine": entry.engine,
-            "types": None if static.types is None else ",".join(rss.format_hash_types(static.types)),
+            "types": None if static.types is None else ",".join(rss.format_hash_types(static.types)) or _NO_TYPES,
             "key": None if static.key is None else rss.format_key(static.key),
             **_table(static.table),
             "unclassified-queue": None if static.unclassified_queue is None else str(static.unclassified_queue),
@@ -219,14 +228,19 @@ def _attributes(
     element: Element, checks: Mapping[str, Callable[[str], object]], where: str, mistakes: list[str]
 ) -> dict[str, Any]:
     said: dict[str, Any] = {}
-    for name, text in element.items():
-        if name not in checks:
-            mistakes.append(f"{where}: unknown attribute {_shown(name)} (known: {', '.join(checks)})")
+    if unknown := [name for name in element.attrib if name not in checks]:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        mistakes.append(f"{where}: unknown attribute {_shown(unknown[0])}{more} (known: {', '.join(checks)})")
+    for name, check in checks.items():
+        text = element.get(name)
+        if text is None:
             continue
         try:
             if len(text) > TEXT_MAX:
                 raise UsageError(f"more than {TEXT_MAX} characters")
-            said[name] = checks[name](text)
+            if name != "alias" and not text.isascii():
+                raise UsageError("plain letters and digits are wanted")
+            said[name] = check(text)
         except UsageError as error:
             mistakes.append(f"{where}: {name}: {printable(error.message)[: 4 * _SHOWN_MAX]}")
     return said
@@ -272,6 +286,10 @@ def _mac(text: str) -> str:
     return text.lower()
 
 
+def _types(text: str) -> rss.HashType:
+    return rss.HashType(0) if text == _NO_TYPES else rss.parse_hash_types(text)
+
+
 def _queues(text: str) -> tuple[int, ...]:
     queues = rss.parse_numbers("queues", text)
     return rss.RssConfig(types=rss.BASE_TYPES, key=bytes(rss.KEY_BYTES), table=queues).table
@@ -281,12 +299,13 @@ def _allow(text: str) -> tuple[str, ...]:
     return tuple(_choice("pause")(word.strip()) for word in text.split(","))
 
 
+_STEERING: Mapping[str, Callable[[str], object]] = {"required": _truth}
 _INTERFACE: Mapping[str, Callable[[str], object]] = {
     "alias": _alias,
     "mac": _mac,
     "source": _source,
     "engine": _choice(*_ENGINES),
-    "types": rss.parse_hash_types,
+    "types": _types,
     "key": rss.parse_key,
     "table": _queues,
     "equal": lambda text: rss.equal_table(rss.parse_number("queues", text)),

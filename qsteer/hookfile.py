@@ -59,13 +59,14 @@ def install() -> bool:
     if not HOOKS.parent.is_dir():
         raise NotFoundError(f"there is no {HOOKS.parent}: is libvirt on this host?")
     wanted = text(hook())
-    if is_installed() and SCRIPT.read_text() == wanted:
+    if _installed() == wanted and os.access(SCRIPT, os.X_OK):
         return False
     new = SCRIPT.with_name(f".{SCRIPT.name}.new")
     try:
         for made in (HOOKS, SCRIPT.parent):
             made.mkdir(mode=0o755, exist_ok=True)
         try:
+            new.unlink(missing_ok=True)  # what a qsteer that was killed has left
             new.write_text(wanted)
             new.chmod(0o755)
             new.replace(SCRIPT)
@@ -93,12 +94,17 @@ def uninstall() -> bool:
 
 def is_installed() -> bool:
     """Whether qsteer's script is there.  Raises QsteerError where the file is not qsteer's, or cannot be read."""
+    return _installed() is not None
+
+
+def _installed() -> str | None:
+    """The script that is there.  Raises QsteerError where the file is not qsteer's, or cannot be read."""
     try:
-        lines = SCRIPT.read_text(errors="replace").splitlines()
+        found = SCRIPT.read_text(errors="replace")
     except FileNotFoundError:
-        return False
+        return None
     except OSError as error:
         raise from_errno(error.errno or 0, f"cannot read {SCRIPT}") from None
-    if MARK not in lines[:2]:
+    if MARK not in found.splitlines()[:2]:
         raise QsteerError(f"{SCRIPT} is there, and was not written by qsteer", hint="move it away")
-    return True
+    return found

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """What a daemon says: to systemd (sd_notify(3), a datagram), and in the journal, one line per change.
 
-And what a program says whose stderr goes nowhere: to the journal itself, or to syslog(3).
+And what a program says whose stderr goes nowhere: to the journal itself, or to syslogd.
 """
 
 import contextlib
@@ -11,6 +11,10 @@ import select
 import socket
 import time
 from collections.abc import MutableMapping
+
+_DAEMON = 3 << 3
+"""syslog(3)'s facility."""
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
 class Priority(enum.IntEnum):
@@ -93,12 +97,14 @@ class Journal:
 
 
 class SystemJournal:
-    """The system's log: journald's own socket, where there is one, for the fields' sake, else syslog(3).
+    """The system's log: journald's own socket, where there is one, for the fields' sake, else syslogd's.
 
-    ``fields`` go with each line (``journalctl FIELD=value``); where nobody takes a line it is lost.
+    ``fields`` go with each line (``journalctl FIELD=value``).  Nobody is waited for, as syslog(3) would: where nobody
+    takes a line it is lost.
     """
 
     SOCKET = "/run/systemd/journal/socket"
+    SYSLOG = "/dev/log"
 
     def __init__(self, name: str, **fields: str) -> None:
         self._name, self._fields = name, fields
@@ -106,16 +112,27 @@ class SystemJournal:
     def say(self, text: str, priority: Priority = Priority.INFO) -> None:
         """One line of printable text, as are the fields."""
         entry = {"MESSAGE": text, "PRIORITY": f"{priority:d}", "SYSLOG_IDENTIFIER": self._name, **self._fields}
+        line = f"<{_DAEMON | priority}>{_now()} {self._name}[{os.getpid()}]: {text}"
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.setblocking(False)
-                lines = "".join(f"{field}={value}\n" for field, value in entry.items())
-                sender.sendto(lines.encode(errors="backslashreplace"), self.SOCKET)
+            _send("".join(f"{field}={value}\n" for field, value in entry.items()), self.SOCKET)
+        except BlockingIOError:
+            pass  # syslogd's socket would be journald's, too
         except OSError:
-            import syslog
+            with contextlib.suppress(OSError):
+                _send(line, self.SYSLOG)
 
-            syslog.openlog(self._name, syslog.LOG_PID, syslog.LOG_DAEMON)
-            syslog.syslog(priority, text.encode(errors="backslashreplace").decode())
+
+def _now() -> str:
+    """As RFC 3164 wants it, in no language but that one."""
+    now = time.localtime()
+    return f"{_MONTHS[now.tm_mon - 1]} {now.tm_mday:2} {now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02}"
+
+
+def _send(text: str, path: str) -> None:
+    """A datagram.  Raises OSError, BlockingIOError where there is no room for it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        sender.sendto(text.encode(errors="backslashreplace"), path)
 
 
 def write_line(line: str, fd: int) -> None:
