@@ -87,6 +87,6 @@ def _why_asked(tap: Tap) -> str:
     """Why nothing can be done before the guest has been asked."""
     if tap.steered_in_software:
         return f"the guest is offered RSS, and QEMU, which has no program for it (see {WRAPPER}), steers in software"
-    if tap.nic and tap.nic.rss:
+    if tap.nic and tap.nic.rss and not tap.held:
         return "the guest is offered RSS, and this QEMU does not steer (vhost)"
     return "its guest has to be asked"
