@@ -215,6 +215,7 @@ install: ## put qsteer under PREFIX, with a virtual environment of its own
 		done
 		cat "$(CURDIR)/docs/qsteer.8" >share/qsteer.8
 		cat "$(CURDIR)/docs/qsteer.toml" >share/qsteer.toml
+		cat "$(CURDIR)/docs/qsteer-domain.rng" >share/qsteer-domain.rng
 		touch .from-make-install
 	)
 	rm -rf "$(LIBRARY).new"
