@@ -23,7 +23,7 @@ from qsteer.model import Nic, Source, Tap
 from qsteer.plan import Static, Wanted
 from qsteer.rss import HashType, equal_table, weighted_table
 from qsteer.runplan import Rss, Vhost
-from qsteer.settings import AUTO, Config, Serve, Settings
+from qsteer.settings import AUTO, Config, Libvirt, Serve, Settings
 from tests.unit.taps import process, tap
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "qsteer.toml"
@@ -145,6 +145,17 @@ def test_serve() -> None:
     )
 
 
+def test_libvirt() -> None:
+    parsed = _parsed('[libvirt]\nsteer = "policy"\nmetadata = ["source", "pause"]\n')
+    assert not parsed.mistakes
+    assert parsed.libvirt == {"steer": "policy", "metadata": ("source", "pause")}
+    assert _parsed('libvirt.steer = "all"').libvirt == {"steer": "all"}
+    assert _parsed("[libvirt]\nmetadata = []\n").libvirt == {"metadata": ()}
+    assert _parsed("[libvirt]\n").libvirt == _parsed("").libvirt == {}
+    every = ", ".join(f'"{word}"' for word in settings.METADATA_WORDS)
+    assert _parsed(f"[libvirt]\nmetadata = [{every}]\n").libvirt == {"metadata": settings.METADATA_WORDS}
+
+
 def test_the_example_is_without_mistake_and_says_all_there_is() -> None:
     (checked,) = config.check([str(EXAMPLE)])
     assert (checked.mistakes, checked.entries, checked.rules) == ((), 5, 1)
@@ -216,6 +227,20 @@ def test_the_example_is_without_mistake_and_says_all_there_is() -> None:
         ("[[serve.allow]]\nuser = 'a'\nqueues = 1\ntaps = 1\n", "1: taps without a prefix"),
         ("[[serve.allow]]\nuser = 'a'\nprefix = 'al%'\n", '3: prefix: "al%" is not a network device'),
         ("[[serve.allow]]\nuser = 'a'\nprefix = 'fifteen-letters'\n", "3: prefix: "),
+        ("libvirt = 1\n", "1: libvirt: a table is wanted, not 1 ([libvirt])"),
+        ("\n[[libvirt]]\nsteer = 'all'\n", "2: libvirt: a table is wanted, not an array ([libvirt])"),
+        ("[libvirt]\n\nsteer = 'none'\n", '3: steer: "none" is none of all, policy'),
+        ("[libvirt]\nsteer = true\n", "2: steer: true is none of all, policy"),
+        ("[libvirt]\nsteer = ['all']\n", "2: steer: an array is none of all, policy"),
+        ("[libvirt]\nmetadata = 'source'\n", '2: metadata: an array is wanted, not "source" ([..., ...])'),
+        (
+            "[libvirt]\nmetadata = ['source',\n'equal']\n",
+            '2: metadata: "equal" is none of source, table, key, types, un',
+        ),
+        ("[libvirt]\nmetadata = [1]\n", "2: metadata: 1 is none of source, table"),
+        ("[libvirt]\nmetdata = []\n", '2: unknown key "metdata" in libvirt (did you mean "metadata"?)'),
+        ("[libvirt]\nhook = 1\n", '2: unknown key "hook" in libvirt (known here: steer, metadata)'),
+        ("[libvrt]\n", '1: unknown key "libvrt" (did you mean "libvirt"?)'),
         ("a = " + "[" * 5000, "1: arrays or tables are nested too deep"),
         ("\n" + ".".join("a" * 5000) + " = 1", "2: a key of 5000 parts"),
     ],
@@ -352,11 +377,21 @@ def test_files_in_their_order(folder: Path) -> None:
     assert [entry.settings.queues for entry in loaded.entries] == [1, 2, 3]
     assert loaded.serve == Serve(clients=7, timeout_s=1.5)
     assert [rule.user for rule in loaded.rules] == ["a", "b"]
+    assert loaded.libvirt == Libvirt()
     assert [Path(one.file).name for one in config.check()] == ["qsteer.toml", "10.toml", "9.toml"]
     names = [f"{number}.toml" for number in range(40)]
     for name in names:
         put(folder, "", f"conf.d/{name}")
     assert [Path(one.file).name for one in config.check()] == ["qsteer.toml", *sorted(names)]
+
+
+def test_the_last_file_that_says_something_of_libvirt_counts(folder: Path) -> None:
+    put(folder, "[libvirt]\nsteer = 'policy'\nmetadata = ['source']\n")
+    put(folder, "[libvirt]\nmetadata = ['key', 'pause']\n", "conf.d/2.toml")
+    put(folder, "[libvirt]\n", "conf.d/3.toml")
+    assert config.load().libvirt == Libvirt(steer="policy", metadata=("key", "pause"))
+    put(folder, "[libvirt]\nsteer = 'some'\n", "conf.d/3.toml")
+    assert why(folder) == 'conf.d/3.toml:2: steer: "some" is none of all, policy'
 
 
 def test_the_first_mistake_is_told_and_how_many_there_are(folder: Path) -> None:

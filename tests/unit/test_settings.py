@@ -11,7 +11,7 @@ import pytest
 from qsteer.model import Source
 from qsteer.plan import Static, Wanted
 from qsteer.rss import HashType
-from qsteer.settings import AUTO, Config, Entry, Match, Settings, fold, wanted
+from qsteer.settings import AUTO, METADATA_WORDS, Config, Entry, Libvirt, Match, Settings, fold, wanted
 
 KEY = bytes(range(40))
 TABLE = Settings(source=Source.STATIC, static=Static(table=(0, 1)))
@@ -114,6 +114,12 @@ def test_a_pattern_that_is_a_name_is_only_that_name() -> None:
 def test_a_mac_in_capitals() -> None:
     config = Config(entries=(Entry(match=Match(mac=("52:54:00:ab:*",)), settings=Settings(queues=3)),))
     assert config.settings(mac="52:54:00:AB:00:01").queues == 3
+
+
+def test_of_libvirts_policies_all_counts_but_to_stop_a_vm() -> None:
+    assert Libvirt() == Config().libvirt
+    assert Libvirt().steer == "all"
+    assert set(METADATA_WORDS) - set(Libvirt().metadata) == {"pause"}
 
 
 def test_later_entries_win() -> None:
