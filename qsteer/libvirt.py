@@ -229,7 +229,7 @@ def _interface(element: Element) -> Interface:
         queues=_number(_attribute(element, "driver", "queues")),
         rss={"on": True, "off": False}.get(_attribute(element, "driver", "rss") or ""),
         vhost={"vhost": True, "qemu": False}.get(_attribute(element, "driver", "name") or ""),
-        bridge=_attribute(element, "source", "bridge"),
+        bridge=_attribute(element, "actual/source", "bridge") or _attribute(element, "source", "bridge"),
     )
 
 

@@ -4,6 +4,7 @@
 import fcntl
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from qsteer import libvirt, procs
+from qsteer.errors import BusyError, NotFoundError, QsteerError
 from qsteer.model import Domain, Interface, Process
+from qsteer.rss import equal_table
 
 UUID = "11111111-2222-4333-8444-555555555555"
 
@@ -121,6 +124,7 @@ def test_a_status_file() -> None:
             queues=3,
             rss=False,
             vhost=False,
+            bridge="br0",
         ),
         Interface(
             kind="direct",
@@ -184,6 +188,97 @@ def test_a_status_file() -> None:
 )
 def test_what_is_no_status_file(text: str) -> None:
     assert libvirt.parse(text.encode()) is None
+
+
+BRIDGES: dict[str, tuple[str, str | None]] = {
+    "a bridge": ("<source bridge='br7'/>", "br7"),
+    "a network of a bridge's, as it runs": ("<source network='lan' portid='1' bridge='virbr0'/>", "virbr0"),
+    "a network, as libvirt keeps it": (
+        "<source network='lan'/><actual type='network'><source bridge='virbr1'/></actual>",
+        "virbr1",
+    ),
+    "a network that does not run": ("<source network='lan'/>", None),
+    "a device": ("<source dev='eth1' mode='bridge'/>", None),
+    "nothing": ("", None),
+    "no name": ("<source bridge=''/>", None),
+}
+
+
+@pytest.mark.parametrize("case", BRIDGES)
+def test_the_bridge_of_a_nic(case: str) -> None:
+    text, bridge = BRIDGES[case]
+    devices = f"<devices><interface type='network'>{text}</interface></devices>"
+    domain = libvirt.parse(small().replace("</domain>", f"{devices}</domain>").encode())
+    assert domain and [nic.bridge for nic in domain.interfaces] == [bridge]
+
+
+# --- What hooks are given --------------------------------------------------------------------------------------------
+
+POLICY = """<metadata><q:steering xmlns:q='urn:qsteer:domain:1' required='yes'>
+<q:interface equal='2'/></q:steering></metadata>"""
+DOMAIN = STATUS[STATUS.index("  <domain ") : STATUS.index("</domstatus>")]
+
+
+def test_a_domain() -> None:
+    """The same, but for what only runs."""
+    described, running = libvirt.describe(DOMAIN.encode()), libvirt.parse(STATUS.encode())
+    assert described and running
+    assert described.interfaces == running.interfaces
+    assert (described.name, described.uuid, described.emulator, described.policy) == ("web 1", UUID, None, None)
+    text = DOMAIN.replace("<devices>", f"{POLICY}<devices><emulator>/usr/bin/qsteer-qemu</emulator>")
+    described = libvirt.describe(f"<?xml version='1.0' encoding='UTF-8'?>\n{text}".encode())
+    assert described and described.emulator == "/usr/bin/qsteer-qemu"
+    assert described.policy and described.policy.required and len(described.policy.entries) == 1
+    assert described.interfaces == running.interfaces
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<",
+        DOMAIN[: len(DOMAIN) // 2],
+        STATUS,
+        DOMAIN.replace("<name>web 1</name>", ""),
+        DOMAIN.replace("<name>web 1</name>", "<name></name>"),
+        DOMAIN.replace("web 1</name>", "x" * 5000 + "</name>"),
+        re.sub("<uuid>.*</uuid>", "", DOMAIN),
+        "<!DOCTYPE domain>" + DOMAIN,
+        DOMAIN.replace("web 1</name>", "&web;</name>"),
+        DOMAIN.replace("domain", "network"),
+        DOMAIN.replace("</devices>", "<x/>" * 100_000 + "</devices>"),
+        DOMAIN + " " * libvirt.FILE_MAX,
+        "\0",
+    ],
+)
+def test_what_is_no_domain(text: str) -> None:
+    assert libvirt.describe(text.encode()) is None
+
+
+INCOMING = {
+    "a migration comes": ("paused", "migration", True),
+    "booted": ("running", "booted", False),
+    "migrated": ("running", "migrated", False),
+    "restored": ("running", "restored", False),
+    "paused by a user": ("paused", "user", False),
+    "paused as it starts": ("paused", "starting up", False),
+    "on its way to another host": ("running", "migration", False),
+}
+
+
+@pytest.mark.parametrize("case", INCOMING)
+def test_whether_its_state_is_yet_to_come(case: str) -> None:
+    state, reason, incoming = INCOMING[case]
+    text = small().replace("<domstatus", f"<domstatus state='{state}' reason='{reason}'")
+    domain = libvirt.parse(text.encode())
+    assert domain and domain.incoming == incoming
+
+
+def test_a_policy_in_a_status_file() -> None:
+    domain = libvirt.parse(small().replace("</domain>", f"{POLICY}</domain>").encode())
+    assert domain and domain.policy and domain.policy.required
+    (entry,) = domain.policy.entries
+    assert (entry.alias, entry.mac, entry.settings.static.table) == (None, None, equal_table(2))
 
 
 @pytest.mark.parametrize("data", [b"\xff" + STATUS.encode(), STATUS.encode("utf-16"), small().encode("utf-32")])
@@ -416,6 +511,75 @@ def test_what_may_not_be_read_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(libvirt, "_regular_file", refuse)
     (note,) = libvirt.domains((vm,)).notes
     assert note == f"what libvirt knows is not shown: cannot read {tmp_path}: Permission denied"
+
+
+# --- The domain of a hook --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, need_root: None) -> Path:
+    """Where the system's daemon, which is root's, keeps its files."""
+    monkeypatch.setattr(libvirt, "SYSTEM", tmp_path)
+    return tmp_path
+
+
+def test_the_domain_of_a_name(system: Path, vm: Process) -> None:
+    (system / "other.xml").write_text(small(name="other", pid=vm.pid))
+    process, domain = libvirt.running("web1")
+    assert (process, domain.name, domain.pid) == (vm, "web1", vm.pid)
+
+
+@pytest.mark.parametrize("name", ["web2", "", ".", "web1.xml", "x" * 400, "\udcff"])
+def test_no_domain_of_that_name(system: Path, vm: Process, name: str) -> None:
+    with pytest.raises(QsteerError) as caught:
+        libvirt.running(name)
+    assert name in str(caught.value)
+    assert isinstance(caught.value, NotFoundError) or caught.value.errno
+
+
+def test_a_domain_whose_qemu_is_gone(system: Path) -> None:
+    with running(system / "web1.pid") as process:
+        (system / "web1.xml").write_text(small(pid=process.pid))
+    with pytest.raises(NotFoundError, match='libvirt\'s domain "web1" does not run'):
+        libvirt.running("web1")
+
+
+@pytest.mark.parametrize("text", ["", "<", small(pid=1), small().replace("<name>web1</name>", "")])
+def test_a_status_file_that_does_not_fit(system: Path, vm: Process, text: str) -> None:
+    """libvirt puts a new one into its place."""
+    (system / "web1.xml").write_text(text)
+    with pytest.raises(BusyError, match=rf'what libvirt knows of domain "web1" does not fit process {vm.pid}'):
+        libvirt.running("web1")
+
+
+def test_a_status_file_that_is_missing(system: Path, vm: Process) -> None:
+    (system / "web1.xml").unlink()
+    with pytest.raises(BusyError):
+        libvirt.running("web1")
+
+
+def test_the_files_of_somebody_else_do_not_count(system: Path, vm: Process) -> None:
+    os.chown(system / "web1.xml", 65534, 65534)
+    with pytest.raises(BusyError):
+        libvirt.running("web1")
+    os.chown(system / "web1.pid", 65534, 65534)
+    with pytest.raises(QsteerError):
+        libvirt.running("web1")
+
+
+def test_no_libvirt_at_all(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libvirt, "SYSTEM", system / "none")
+    with pytest.raises(NotFoundError):
+        libvirt.running("web1")
+    assert libvirt.status_file("web1") is None
+
+
+def test_a_status_file_that_is_written_anew_is_another(system: Path, vm: Process) -> None:
+    before = libvirt.status_file("web1")
+    assert before and libvirt.status_file("web1") == before
+    (system / "new").write_text((system / "web1.xml").read_text())
+    (system / "new").replace(system / "web1.xml")
+    assert libvirt.status_file("web1") not in (before, None)
 
 
 def test_no_fd_stays_open(tmp_path: Path, vm: Process) -> None:
