@@ -5,11 +5,11 @@ This speaks to libvirt (``virsh``), which a hook must not: it is for the command
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from qsteer import config, domainpolicy, libvirt, settings
-from qsteer.domainpolicy import NAMESPACE, PREFIX, Entry, Policy
+from qsteer.domainpolicy import INTERFACES_MAX, NAMESPACE, PREFIX, Entry, Policy
 from qsteer.errors import QsteerError, UsageError
 from qsteer.libvirt import Description
 from qsteer.model import Interface
@@ -57,7 +57,7 @@ def show(virsh: Virsh) -> Shown:
 
 
 def _nic(domain: Description, interface: Interface, configured: Config) -> NicPolicy:
-    ids = (interface.alias,) if interface.alias else ()
+    ids = (interface.alias, f"host{interface.alias}") if interface.alias else ()  # libvirt's name for the netdev
     policy = domain.policy or Policy()
     below = configured.settings(
         vm=domain.name, nics=ids, mac=interface.mac, dev=interface.target, bridge=interface.bridge
@@ -72,15 +72,21 @@ def plan_set(
     """What ``set`` is going to write.
 
     ``said`` goes over what the policy says already of the NIC of that alias or MAC, of every NIC where both are None;
-    with ``clear`` nothing is said of it any more.  Raises QsteerError; UsageError for an alias or MAC of no NIC.
+    with ``clear`` nothing is said of it any more.  Raises QsteerError; UsageError for an alias or MAC of no NIC, unless
+    it is there to be cleared.
     """
     live, persistent = virsh.is_running(), virsh.is_persistent()
     domain = _describe(virsh, inactive=persistent)
     policy = domain.policy or Policy()
     if policy.mistakes and not (clear and alias is None and mac is None):
         raise UsageError(f"the policy that is there has a mistake: {policy.mistakes[0]}", hint="virsh edit, or --clear")
-    _check_nic(virsh, domain, alias, mac, live=live)
+    if not (clear and any((one.alias, one.mac) == (alias, mac) for one in policy.entries)):
+        _check_nic(virsh, domain, alias, mac, live=live)
     changed = _changed(policy, Entry(alias=alias, mac=mac, engine=engine, settings=said), clear=clear)
+    if len(changed.entries) > INTERFACES_MAX:
+        raise UsageError(
+            f"the policy would be of more than {INTERFACES_MAX} interfaces", hint="--clear --nic ALIAS for those gone"
+        )
     xml = domainpolicy.to_xml(changed) if changed.entries or changed.required is not None else None
     return Written(domain=domain.name, xml=xml, live=live, config=persistent)
 
@@ -97,23 +103,23 @@ def _describe(virsh: Virsh, *, inactive: bool) -> Description:
     return replace(domain, interfaces=_with_aliases(domain.interfaces))
 
 
-def _with_aliases(interfaces: Sequence[Interface]) -> tuple[Interface, ...]:
-    """As a start will call them: those without an alias of the user's get net0, net1, ..."""
+def _with_aliases(interfaces: Iterable[Interface]) -> tuple[Interface, ...]:
+    """As a start will call them: those without an alias of the user's get net0, net1, ... but for hostdevs."""
     numbers = itertools.count()
-    return tuple(one if one.alias else replace(one, alias=f"net{next(numbers)}") for one in interfaces)
+    return tuple(
+        one if one.alias or one.kind == "hostdev" else replace(one, alias=f"net{next(numbers)}") for one in interfaces
+    )
 
 
 def _check_nic(virsh: Virsh, domain: Description, alias: str | None, mac: str | None, *, live: bool) -> None:
-    nics = domain.interfaces
-    if alias is not None:
-        known = [nic.alias for nic in nics if nic.alias]
-        known += [nic.alias for nic in _describe(virsh, inactive=False).interfaces if nic.alias] if live else []
-        if alias not in known:
-            raise UsageError(
-                f'domain "{domain.name}" has no NIC "{alias}"', hint=f"it has {', '.join(known) or 'none'}"
-            )
-    if mac is not None and mac not in (macs := [nic.mac for nic in nics if nic.mac]):
-        raise UsageError(f'domain "{domain.name}" has no NIC {mac}', hint=f"it has {', '.join(macs) or 'none'}")
+    """Raises UsageError where there is no such NIC: none that is there at the next start, nor with ``live`` now."""
+    if alias is None and mac is None:
+        return
+    nics = (*domain.interfaces, *(_describe(virsh, inactive=False).interfaces if live else ()))
+    for name, names in ((alias, [nic.alias for nic in nics]), (mac, [nic.mac for nic in nics])):
+        known = dict.fromkeys(one for one in names if one)
+        if name is not None and name not in known:
+            raise UsageError(f'domain "{domain.name}" has no NIC "{name}"', hint=f"it has {', '.join(known) or 'none'}")
 
 
 def _changed(policy: Policy, entry: Entry, *, clear: bool) -> Policy:
