@@ -517,6 +517,9 @@ def test_a_hostile_policy(case: str) -> None:
 
 
 def test_mistakes_that_are_not_shown_are_counted() -> None:
+    policy = parsed(steering("<q:x/>" * MISTAKES_MAX))
+    assert len(policy.mistakes) == MISTAKES_MAX
+    assert {mistake[:3] for mistake in policy.mistakes} == {"<x>"}
     policy = parsed(steering("<q:x/>" * 20))
     assert len(policy.mistakes) == MISTAKES_MAX + 1
     assert policy.mistakes[-1] == f"mistakes that are not shown: {20 - MISTAKES_MAX}"

@@ -141,6 +141,18 @@ CHANGES: dict[str, tuple[Policy, Entry, bool, Policy]] = {
             entries=(Entry(mac=OTHER, engine="ebpf", settings=Settings(source=Source.GUEST_AGENT, allow=("pause",))),)
         ),
     ),
+    "the last engine": (
+        Policy(
+            entries=(
+                Entry(alias="net0", engine="ebpf", settings=EQUAL),
+                Entry(alias="net0", engine="auto", settings=Settings()),
+                Entry(alias="net0", settings=Settings()),
+            )
+        ),
+        OF_NET0,
+        False,
+        Policy(entries=(Entry(alias="net0", engine="auto", settings=EQUAL),)),
+    ),
     "another engine": (
         Policy(entries=(OF_MAC,)),
         Entry(mac=OTHER, engine="auto", settings=Settings()),
@@ -298,6 +310,8 @@ def test_what_is_said_of_a_nic_that_is_gone_can_be_cleared() -> None:
 
 def test_no_more_interfaces_than_are_read() -> None:
     entries = tuple(Entry(alias=f"ua-{number}", settings=EQUAL) for number in range(INTERFACES_MAX))
+    fake = Fake(inactive=xml(nic(MAC), policy=Policy(entries=entries[1:])))
+    assert len(policy_of(plan(fake, EQUAL, alias="net0")).entries) == INTERFACES_MAX
     fake = Fake(inactive=xml(nic(MAC), policy=Policy(entries=entries)))
     with pytest.raises(UsageError, match="more than 64 interfaces"):
         plan(fake, EQUAL, alias="net0")

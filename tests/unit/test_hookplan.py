@@ -108,6 +108,9 @@ CASES = {
         tap=UNKNOWN, wanted=ASKED, told=f"its guest has to be asked: {TAKES_KEEP}", fine=False
     ),
     "asked, in software": Case(tap=SOFTWARE, wanted=ASKED, told=f"{IN_SOFTWARE}: {TAKES_KEEP}", fine=False),
+    "asked, whatever is attached": Case(
+        tap=tap(program=OWN_STATIC), wanted=ASKED, told=f"its guest has to be asked: {TAKES_KEEP}", fine=False
+    ),
     "asked, with keep": Case(wanted=ASKED, keep_pid=KEEP, told=f"its guest has to be asked: {LEFT}"),
     "asked, though QEMU was given a program": Case(
         tap=GIVEN, wanted=ASKED, told=f"its guest has to be asked: {TAKES_KEEP}", fine=False
