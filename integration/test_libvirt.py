@@ -269,32 +269,30 @@ def test_pause_is_the_administrators(place: Place) -> None:
 
 
 @contextlib.contextmanager
-def hook_replaced(text: str) -> Iterator[None]:
-    """The script that libvirt calls, with another hook behind it."""
+def script_replaced(text: str) -> Iterator[None]:
+    """What libvirt calls."""
     script = hookfile.SCRIPT.read_text()
-    fake = Path("/var/lib/libvirt/fake-hook")
-    fake.write_text(text)
-    fake.chmod(0o755)
-    hookfile.SCRIPT.write_text(hookfile.text(fake if text else Path("/nonexistent")))
+    hookfile.SCRIPT.write_text(text)
     try:
         yield
     finally:
         hookfile.SCRIPT.write_text(script)
 
 
+NOWHERE, BROKEN = Path("/var/lib/libvirt/no-hook"), Path("/var/lib/libvirt/broken-hook")
 BROKEN_HOOKS = {
-    "missing": "",
-    "a Python that does not start": "#!/nonexistent/python\n",
-    "a traceback": f"#!{sys.executable}\nraise SystemError\n",
-    "killed": "#!/bin/sh\nkill -9 $$\n",
+    "missing": hookfile.text(NOWHERE),
+    "a Python that does not start": hookfile.text(BROKEN, "/nonexistent/python"),
+    "a traceback": hookfile.text(BROKEN),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN_HOOKS)
 def test_a_domain_starts_without_a_qsteer_that_works(place: Place, what: str) -> None:
     policy = " required='yes'><q:interface equal='3'/>"
+    BROKEN.write_text("raise SystemError\n")
     with (
-        hook_replaced(BROKEN_HOOKS[what]),
+        script_replaced(BROKEN_HOOKS[what]),
         place.domain("qslv-missing", Nic(mac=MACS[0], tap=TAPS[0]), policy=policy) as domain,
     ):
         place.libvirtd.virsh("start", domain.name)
@@ -408,19 +406,20 @@ def known_of_wrapper() -> tuple[str | None, ...]:
 
 
 def test_what_is_said_where_qemu_steers_in_software(place: Place) -> None:
-    """The hook and status say it; with keep and a QMP socket for it the host's kernel does the work."""
+    """The hook and status say it; with keep, a QMP socket and a policy that lets it pause, the kernel does the work."""
     extra = (
         "<qemu:commandline><qemu:arg value='-qmp'/>"
         "<qemu:arg value='unix:/run/libvirt/qemu/qslv.qmp,server=on,wait=off'/></qemu:commandline>"
     )
-    with place.domain("qslv-software", Nic(mac=MACS[0], tap=TAPS[0], rss=True), extra=extra) as domain:
-        place.libvirtd.virsh("start", domain.name)
-        domain.wait_ready()
+    nic, policy = Nic(mac=MACS[0], tap=TAPS[0], rss=True), "><q:interface source='device-state' allow='pause'/>"
+    may_pause = '[libvirt]\nmetadata = ["source", "pause"]\n'
+    with configured(may_pause), place.domain("qslv-software", nic, policy=policy, extra=extra) as domain:
+        domain.boot()
         told = place.journal.entries(domain.name)[-1]
         assert told["PRIORITY"] == "4" and "steers in software" in told["MESSAGE"] and "qsteer keep" in told["MESSAGE"]
         assert "QEMU steers in software" in support.qsteer("status", "--vm", domain.name).stdout
         domain.run("ethtool -X eth0 equal 3")
-        with keep(domain.name, "--allow", "pause") as kept:
+        with keep(domain.name) as kept:
             kept.wait_for("steered", TAPS[0])
             check_flows(domain, place.files, TAPS[0], domain.rss())
             source = seen(domain).program.ident.source  # type: ignore[union-attr]

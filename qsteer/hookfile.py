@@ -6,11 +6,16 @@ Theory of operation
 
 A virtual machine must start whatever has become of qsteer: removed, half upgraded, a Python that does not start.  So
 libvirt is given a script of a few lines, which knows where the hook is, and passes on no failure but the one that means
-"steering is required".  It starts nothing for the operations that the hook has no use for.
+"steering is required"; any other is told in the journal.  It starts nothing for the operations that the hook has no use
+for.
+
+The hook is read by the Python that it was installed for, and not executed: where AppArmor confines libvirt's daemon, as
+on Debian and Ubuntu, that may execute what is in /usr/bin, which the Python is mostly, and nothing of /usr/local.
 """
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 from qsteer.errors import NotFoundError, QsteerError, from_errno
@@ -25,8 +30,8 @@ SCRIPT = HOOKS / "qemu.d" / "50-qsteer"
 MARK = '# Written by "qsteer libvirt install"; "qsteer libvirt uninstall" takes it away.'
 
 
-def text(hook: Path) -> str:
-    """The script, for a hook that is at ``hook``."""
+def text(hook: Path, python: str = sys.executable) -> str:
+    """The script, for a hook that is at ``hook``, and its Python."""
     import shlex
 
     return f"""#!/bin/sh
@@ -34,10 +39,14 @@ def text(hook: Path) -> str:
 # SPDX-License-Identifier: BSD-2-Clause
 # Steers the NICs of domains that start.  Without qsteer they start as without this file.
 case "$2" in {"|".join(OPERATIONS)}) ;; *) exit 0 ;; esac
-hook={shlex.quote(str(hook))}
-[ -x "$hook" ] || exit 0
-"$hook" "$@"
-[ $? -ne {REFUSE} ]
+{shlex.quote(python)} -I {shlex.quote(str(hook))} "$@"
+status=$?
+case $status in
+0) ;;
+{REFUSE}) exit 1 ;;
+*) logger -t {NAME} -p daemon.warning "$1: $2: {NAME} does not run: exit status $status" ;;
+esac
+exit 0
 """
 
 

@@ -25,15 +25,28 @@ def executable(path: Path, text: str) -> Path:
     return path
 
 
+def hook_of(path: Path, text: str) -> Path:
+    """A hook, which Python reads, that does what a shell's text says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"import os, sys\nos.execv('/bin/sh', ['sh', '-c', {text!r}, 'sh', *sys.argv[1:]])\n")
+    return path
+
+
 def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run((script, *arguments), input=XML, capture_output=True, text=True, timeout=20, check=False)
+    """Run it, with a logger(1) that writes into a file beside it."""
+    logger = f'#!/bin/sh\nprintf "%s\\n" "$*" >>{shlex.quote(str(script.parent / "log"))}\n'
+    executable(script.parent / "bin" / "logger", logger)
+    path = f"{script.parent / 'bin'}:/usr/bin:/bin"
+    return subprocess.run(
+        (script, *arguments), input=XML, capture_output=True, text=True, timeout=20, check=False, env={"PATH": path}
+    )
 
 
 def calls(tmp_path: Path, hook: Path, operation: str, ends: str = "exit 0") -> tuple[int, str]:
     """The script, with a hook that tells what it was given: its exit code, and what that was."""
     told = tmp_path / "told"
     told.unlink(missing_ok=True)
-    executable(hook, f'#!/bin/sh\n{{ printf "%s|" "$@"; cat; }} >{shlex.quote(str(told))}\n{ends}\n')
+    hook_of(hook, f'{{ printf "%s|" "$@"; cat; }} >{shlex.quote(str(told))}\n{ends}\n')
     done = run(executable(tmp_path / "script", hookfile.text(hook)), "web 1", operation, "begin", "-")
     assert not done.stdout
     return done.returncode, told.read_text() if told.exists() else ""
@@ -75,6 +88,21 @@ def test_wherever_the_hook_is(tmp_path: Path, name: str) -> None:
     assert calls(tmp_path, tmp_path / name / name, "started", f"exit {REFUSE}")[0] == 1
 
 
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [
+        ("exit 0", ""),
+        (f"exit {REFUSE}", ""),
+        ("exit 1", "-t {} -p daemon.warning web 1: started: {} does not run: exit status 1"),
+        ("kill -KILL $$", "-t {} -p daemon.warning web 1: started: {} does not run: exit status 137"),
+    ],
+)
+def test_a_hook_that_fails_is_told(tmp_path: Path, ends: str, told: str) -> None:
+    calls(tmp_path, tmp_path / "hook", "started", ends)
+    log = tmp_path / "log"
+    assert (log.read_text().strip() if log.exists() else "") == told.format(NAME, NAME)
+
+
 def test_without_the_hook_domains_start(tmp_path: Path) -> None:
     hook = tmp_path / "hook"
     script = executable(tmp_path / "script", hookfile.text(hook))
@@ -89,16 +117,17 @@ def test_without_the_hook_domains_start(tmp_path: Path) -> None:
     hook.mkdir()
     assert code() == 0
     hook.rmdir()
-    executable(hook, "#!/nonexistent/python\n")
+    hook.write_text("raise SystemError\n")
     assert code() == 0
-    executable(hook, f"#!/bin/sh\nexit {REFUSE}\n").chmod(0o644)
-    assert code() == 0
-    hook.chmod(0o755)
+    assert len((tmp_path / "log").read_text().splitlines()) == 4
+    hook_of(hook, f"exit {REFUSE}")
     assert code() == 1
+    executable(script, hookfile.text(hook, "/nonexistent/python"))
+    assert code() == 0
 
 
 def test_without_arguments_it_does_nothing(tmp_path: Path) -> None:
-    hook = executable(tmp_path / "hook", f"#!/bin/sh\nexit {REFUSE}\n")
+    hook = hook_of(tmp_path / "hook", f"exit {REFUSE}")
     script = executable(tmp_path / "script", hookfile.text(hook))
     assert [run(script, *arguments).returncode for arguments in ((), ("web1",), ("web1", "started"))] == [0, 0, 1]
 
