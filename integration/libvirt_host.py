@@ -277,8 +277,7 @@ class Libvirtd:
 class Domain(Console):
     """A guest of libvirt's; a context manager that defines it, and undefines it.  ``boot`` starts it.
 
-    ``metadata`` is XML for the element of that name, ``emulator`` the QEMU, ``devices`` XML for more of them, and
-    ``extra`` for the domain.
+    ``metadata`` is XML for the element of that name, ``emulator`` the QEMU, ``extra`` XML for the domain.
     """
 
     def __init__(
@@ -290,13 +289,12 @@ class Domain(Console):
         nics: Sequence[Nic],
         metadata: str = "",
         emulator: Path = QEMU,
-        devices: str = "",
         extra: str = "",
     ) -> None:
         super().__init__(name)
         self.libvirtd = libvirtd
         self._files, self._nics, self._metadata = files, nics, metadata
-        self._emulator, self._devices, self._extra = emulator, devices, extra
+        self._emulator, self._extra = emulator, extra
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
@@ -364,7 +362,6 @@ class Domain(Console):
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
     <video><model type='none'/></video>
-    {self._devices}
   </devices>
   {self._extra}
 </domain>

@@ -32,9 +32,9 @@ from xml.etree.ElementTree import Element
 
 from qsteer import rss
 from qsteer.errors import UsageError, printable
-from qsteer.model import Source
+from qsteer.model import Interface, Source
 from qsteer.plan import Static
-from qsteer.settings import AUTO, Settings, fold
+from qsteer.settings import AUTO, Config, Settings, fold
 
 NAMESPACE = "urn:qsteer:domain:1"
 PREFIX = "qsteer"
@@ -125,6 +125,16 @@ def limited(said: Settings, words: Collection[str]) -> tuple[Settings, tuple[str
         allow=None if "pause" in refused else said.allow,
         required=None if "required" in refused else said.required,
     ), refused
+
+
+def of_interface(
+    configured: Config, domain: str, policy: Policy | None, interface: Interface
+) -> tuple[Settings, tuple[str, ...]]:
+    """What is wanted of a NIC that need not be there yet, and the words of the policy that do not count."""
+    ids = (interface.alias, f"host{interface.alias}") if interface.alias else ()  # libvirt's name for the netdev
+    below = configured.settings(vm=domain, nics=ids, mac=interface.mac, dev=interface.target, bridge=interface.bridge)
+    said, refused = limited((policy or Policy()).settings(ids, interface.mac), configured.libvirt.metadata)
+    return fold((below, said)), refused
 
 
 def find(metadata: Element | None) -> Policy | None:

@@ -13,7 +13,7 @@ from qsteer.domainpolicy import INTERFACES_MAX, NAMESPACE, PREFIX, Entry, Policy
 from qsteer.errors import QsteerError, UsageError
 from qsteer.libvirt import Description
 from qsteer.model import Interface
-from qsteer.settings import Config, Settings
+from qsteer.settings import Settings
 from qsteer.virsh import Virsh
 
 
@@ -53,17 +53,11 @@ def show(virsh: Virsh) -> Shown:
     """The domain as it runs, else as it will start.  Raises QsteerError."""
     domain = _describe(virsh, inactive=False)
     configured = config.load()
-    return Shown(domain=domain, nics=tuple(_nic(domain, one, configured) for one in domain.interfaces))
-
-
-def _nic(domain: Description, interface: Interface, configured: Config) -> NicPolicy:
-    ids = (interface.alias, f"host{interface.alias}") if interface.alias else ()  # libvirt's name for the netdev
-    policy = domain.policy or Policy()
-    below = configured.settings(
-        vm=domain.name, nics=ids, mac=interface.mac, dev=interface.target, bridge=interface.bridge
-    )
-    said, refused = domainpolicy.limited(policy.settings(ids, interface.mac), configured.libvirt.metadata)
-    return NicPolicy(interface=interface, wanted=settings.fold((below, said)), refused=refused)
+    nics = []
+    for interface in domain.interfaces:
+        wanted, refused = domainpolicy.of_interface(configured, domain.name, domain.policy, interface)
+        nics.append(NicPolicy(interface=interface, wanted=wanted, refused=refused))
+    return Shown(domain=domain, nics=tuple(nics))
 
 
 def plan_set(

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from qsteer import execute, holds, hookplan, inventory, libvirt, others
 from qsteer.config import ConfigError, load
-from qsteer.domainpolicy import Policy, limited
+from qsteer.domainpolicy import of_interface
 from qsteer.errors import QsteerError, UsageError, printable
 from qsteer.hookfile import NAME
 from qsteer.hookplan import Decision
@@ -90,7 +90,7 @@ class _Work:
             self._release()
             return
         config = self._config()
-        self._check_policy(description.policy, config)
+        self._check_policy(description, config)
         if operation == "migrate":
             self._migrate(description, config)
             return
@@ -131,30 +131,33 @@ class _Work:
             self.say(f"the configuration is left out: {error}", Priority.WARNING)
             return Config()
 
-    def _check_policy(self, policy: Policy | None, config: Config) -> None:
-        """Say what is wrong with a policy, and see whether it insists."""
-        if not policy:
-            return
-        for mistake in policy.mistakes:
+    def _check_policy(self, domain: Description, config: Config) -> None:
+        """Say what is wrong with the policy, and see whether it, or the configuration, insists on steering."""
+        mistakes = domain.policy.mistakes if domain.policy else ()
+        for mistake in mistakes:
             self.say(f"the domain's policy is left out: {mistake}", Priority.WARNING)
-        insists = policy.required or any(entry.settings.required for entry in policy.entries)
-        self._required = bool(insists) and "required" in config.libvirt.metadata
+        wanted = [of_interface(config, domain.name, domain.policy, one)[0] for one in domain.interfaces]
+        self._required = any(one.required for one in wanted)
         if self._required:
             self._tell_required()
-        if policy.mistakes and self._required:
-            self.failed(f"the domain's policy: {policy.mistakes[0]}")
+        if mistakes and self._required:
+            self.failed(f"the domain's policy has a mistake: {mistakes[0]}")
 
     def _release(self) -> None:
         with execute.lock(LOCK_S):
             holds.forget_ended()
 
-    def _migrate(self, description: Description, config: Config) -> None:
+    def _migrate(self, domain: Description, config: Config) -> None:
         """There is no tap yet: only the policy can be looked at."""
-        entries = description.policy.entries if description.policy else ()
-        refused = {word for entry in entries for word in limited(entry.settings, config.libvirt.metadata)[1]}
-        told = f"does not let it ask for {', '.join(sorted(refused))}" if refused else "does all that it asks for"
-        about = f"its policy comes along, and this host {told}" if entries else "it comes without a policy"
-        self.say(f"migrates to this host: {about}", Priority.NOTICE if refused else Priority.INFO)
+        told = "its policy comes along, and this host lets it ask for all that it does"
+        refused = {
+            word for one in domain.interfaces for word in of_interface(config, domain.name, domain.policy, one)[1]
+        }
+        if refused:
+            told = f"its policy comes along, and this host does not let it ask for {', '.join(sorted(refused))}"
+        elif not domain.policy:
+            told = "it has no policy of its own"
+        self.say(f"migrates to this host: {told}", Priority.NOTICE if refused else Priority.INFO)
 
     def _steer(self, process: Process, domain: Domain, config: Config, *, is_start: bool) -> list[Decision]:
         """What was done, tap by tap.  Raises QsteerError."""

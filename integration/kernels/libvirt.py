@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from integration import provision
-from integration.agent_guest import restart_agent, with_agent
 from integration.guest import GuestError
 from integration.keeping import keep
 from integration.kernels.guests import QEMUS
@@ -46,7 +45,11 @@ from qsteer import hookwork, libvirthook
 libvirthook.DEADLINE_S = hookwork.LOCK_S = hookwork.VERSION_S = {SECONDS}
 sys.exit(libvirthook.main())
 """
-_AGENT = "<channel type='unix'><source mode='bind'/><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+_QMP = (
+    "<qemu:commandline><qemu:arg value='-qmp'/>"
+    "<qemu:arg value='unix:/run/libvirt/qemu/qskl.qmp,server=on,wait=off'/></qemu:commandline>"
+)
+"""libvirt's own monitor, and its agent's channel, serve libvirt alone."""
 
 
 class Show:
@@ -71,6 +74,7 @@ class Show:
         nic = Nic(mac=MAC, tap=TAP, vhost=True, rss=False)
         with self._domain(nic, metadata=policy) as domain:
             domain.boot()
+            print("booted", flush=True)
             config = _attached()
             assert config and config.table == equal_table(3), self._journal.text(domain.name)
             return self._measured(domain, [config])
@@ -86,11 +90,10 @@ class Show:
     def _keep(self) -> dict[str, Any]:
         nic = Nic(mac=MAC, tap=TAP, vhost=True, rss=True)
         with (
-            keep(f"qskl-{self._name}", "--source", "guest-agent", "--reread", "1", *PATIENTLY) as kept,
-            self._domain(nic, devices=_AGENT) as domain,
+            keep(f"qskl-{self._name}", "--allow", "pause", "--reread", "1", *PATIENTLY) as kept,
+            self._domain(nic, extra=_QMP) as domain,
         ):
             domain.boot()
-            restart_agent(domain)
             if ethtool.has_no_table(domain.run("ethtool -x eth0")):
                 return {"result": "RSS is not offered"}
             row = self._measured(domain, _SETTINGS)
@@ -152,7 +155,7 @@ def _serving() -> Iterator[None]:
 def main(arguments: Sequence[str]) -> int:
     path, *names = arguments
     tempfile.tempdir = "/tmp"  # not below /run, which the host with libvirt has another one of
-    files = with_agent(provision.provision())
+    files = provision.provision()
     qemus = {name: QEMUS[name]() for name in names or ("10.0", "11.1")}
     failed = 0
     with Path(path).open("a") as rows, host(provision_libvirt()) as journal, support.network_namespace():
