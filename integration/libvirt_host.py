@@ -308,9 +308,14 @@ class Domain(Console):
     ) -> None:
         if error is not None:
             print(self.log()[-3000:], file=sys.stderr)
-        self.libvirtd.virsh("destroy", self.name, check=False)
+        support.wait_until(f"the end of {self.name}", self._destroyed)
         self.libvirtd.virsh("undefine", self.name, "--managed-save", check=False)
         self._close(error)
+
+    def _destroyed(self) -> bool:
+        """Whether it does not run; libvirt gives up on a QEMU that takes its time to end."""
+        self.libvirtd.virsh("destroy", self.name, check=False)
+        return self.libvirtd.virsh("domstate", self.name, check=False).stdout.strip() in ("shut off", "")
 
     def boot(self) -> None:
         """Start it, and wait until the guest takes commands."""
