@@ -27,14 +27,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from qsteer import domainpolicy, procs
+from qsteer import procs
 from qsteer._shim import ffi, lib
-from qsteer.domainpolicy import Policy
 from qsteer.errors import BusyError, NotFoundError, from_errno
 from qsteer.model import Domain, Interface, Process
+
+if TYPE_CHECKING:
+    from qsteer.domainpolicy import Policy
 
 SYSTEM = Path("/run/libvirt/qemu")
 SESSIONS = Path("/run/user")
@@ -46,6 +49,8 @@ FILE_MAX = 4 << 20
 _TEXT_MAX = 4096
 _ELEMENTS_MAX = 100_000
 _AGENT = "org.qemu.guest_agent.0"
+_QSTEERS = "{urn:qsteer:"
+"""How the tags of qsteer's own elements in a domain's metadata begin."""
 _ENTRIES_PER_FILE = 4
 """A domain has a status file and a pid file; there are a few directories, and files that are being written."""
 
@@ -78,7 +83,7 @@ class Description:
     uuid: str
     emulator: str | None
     interfaces: tuple[Interface, ...]
-    policy: Policy | None
+    policy: "Policy | None"
 
 
 def domains(processes: Iterable[Process]) -> Found:
@@ -155,7 +160,7 @@ def describe(data: bytes) -> Description | None:
         uuid=uuid.lower(),
         emulator=_word(domain.findtext("devices/emulator")),
         interfaces=_interfaces(domain),
-        policy=domainpolicy.find(domain.find("metadata")),
+        policy=_policy(domain),
     )
 
 
@@ -199,9 +204,18 @@ def _domain(root: Element) -> Domain | None:
         interfaces=_interfaces(domain),
         monitor=_word(monitor.get("path")) if monitor is not None and monitor.get("type") == "unix" else None,
         agent=_agent(domain),
-        policy=domainpolicy.find(domain.find("metadata")),
+        policy=_policy(domain),
         incoming=(root.get("state"), root.get("reason")) == ("paused", "migration"),
     )
+
+
+def _policy(domain: Element) -> "Policy | None":
+    metadata = domain.find("metadata")
+    if metadata is None or not any(element.tag.startswith(_QSTEERS) for element in metadata):
+        return None
+    from qsteer import domainpolicy  # takes a while, which most hosts can do without
+
+    return domainpolicy.find(metadata)
 
 
 def _interfaces(domain: Element) -> tuple[Interface, ...]:
