@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from qsteer.errors import QsteerError
 from qsteer.ifupplan import DRIVER_TAKES_OFF_BEFORE
-from qsteer.model import Source, Tap
+from qsteer.model import Domain, Source, Tap
 from qsteer.plan import Plan, Wanted, plan_apply
 
 WRAPPER = "qsteer-qemu"
@@ -37,9 +37,9 @@ class Decision:
     follow: bool = False
 
 
-def needs_version(tap: Tap) -> bool:
+def needs_version(domain: Domain) -> bool:
     """Whether it depends on QEMU's version what stays attached."""
-    return tap.steerable and not (tap.nic and tap.nic.rss)
+    return any(nic.queues and nic.queues > 1 and not nic.rss for nic in domain.interfaces)
 
 
 def decide(

@@ -162,9 +162,9 @@ class _Work:
     def _steer(self, process: Process, domain: Domain, config: Config, *, is_start: bool) -> list[Decision]:
         """What was done, tap by tap.  Raises QsteerError."""
         intent = Intent(Settings(), if_absent=not is_start, load=lambda: config)
-        taps = [tap for tap in inventory.of_domain(process, domain) if self._is_wanted(tap, intent)]
-        is_needed = not self._version and any(map(hookplan.needs_version, taps))
+        is_needed = not self._version and hookplan.needs_version(domain)
         with others.asked_for_version(process.pid) if is_needed else contextlib.nullcontext() as asked:
+            taps = [tap for tap in inventory.of_domain(process, domain) if self._is_wanted(tap, intent)]
             keep_pid = others.keep_of((domain.name, domain.uuid))
             self._version = self._version or others.version(asked, VERSION_S)
         incoming = domain.incoming and is_start
