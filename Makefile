@@ -244,6 +244,8 @@ uninstall: ## take off what install put there; running virtual machines stay ste
 	echo "Removed $(COMMAND) and $(LIBRARY)."
 	echo "Services that run have to be stopped: systemctl disable --now qsteer-keep qsteer-serve.socket qsteer-serve"
 	echo "Running virtual machines stay steered: /sys/fs/bpf/qsteer and /run/qsteer are as they were."
+	[[ ! -e /etc/libvirt/hooks/qemu.d/50-qsteer ]] ||
+		echo "libvirt's hook, which does nothing now, is still there: rm /etc/libvirt/hooks/qemu.d/50-qsteer"
 
 clean: ## remove everything that is made, build/ included
 	rm -rf build dist qsteer.egg-info qsteer/bpf qsteer/_shim*.so

@@ -309,7 +309,9 @@ class Domain(Console):
         if error is not None:
             print(self.log()[-3000:], file=sys.stderr)
         support.wait_until(f"the end of {self.name}", self._destroyed)
-        self.libvirtd.virsh("undefine", self.name, "--managed-save", check=False)
+        done = self.libvirtd.virsh("undefine", self.name, "--managed-save", check=False)
+        if done.returncode:
+            print(f"libvirt keeps {self.name}: {done.stderr.strip()}", file=sys.stderr)
         self._close(error)
 
     def _destroyed(self) -> bool:

@@ -21,7 +21,7 @@ import pytest
 from integration.handover import Handover
 from integration.keeping import keep
 from integration.libvirt_host import QEMU, USER, Domain, Journal, Libvirtd, Nic, another_host, host, provision_libvirt
-from integration.provision import BUILD, Provisioned, provision_new_qemu
+from integration.provision import BUILD, Provisioned, provision_new_qemu, provision_old_qemu
 from integration.traffic import FLOWS, follow, verify
 from qsteer import hookfile, inventory, service
 from qsteer.domainpolicy import NAMESPACE
@@ -64,7 +64,16 @@ def newest_qemu(request: pytest.FixtureRequest) -> Path | None:
 
 
 @pytest.fixture(scope="module")
-def place(need_root_for_module: None, files: Provisioned, newest_qemu: Path | None) -> Iterator[Place]:
+def old_qemu(request: pytest.FixtureRequest) -> Path | None:
+    """Likewise."""
+    wanted = any(item.get_closest_marker("compat") for item in request.session.items)
+    return provision_old_qemu() if wanted else None
+
+
+@pytest.fixture(scope="module")
+def place(
+    need_root_for_module: None, files: Provisioned, newest_qemu: Path | None, old_qemu: Path | None
+) -> Iterator[Place]:
     root = provision_libvirt()
     with host(root) as journal, support.network_namespace(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("QSTEER_CONFIG", str(CONFIG.parent))
@@ -209,6 +218,36 @@ def test_a_policy_for_each_nic(place: Place) -> None:
         place.libvirtd.virsh("start", domain.name)
         configs = [attached(domain, tap) for tap in TAPS]
         assert [config and config.table for config in configs] == [equal_table(2), weighted_table((1, 3))]
+
+
+@pytest.mark.compat
+def test_the_newest_qemu(place: Place, newest_qemu: Path) -> None:
+    with place.domain("qslv-new", Nic(mac=MACS[0], tap=TAPS[0]), emulator=newest_qemu) as domain:
+        domain.boot()
+        config = attached(domain)
+        assert config
+        check_flows(domain, place.files, TAPS[0], config)
+
+
+@pytest.mark.compat
+def test_an_old_qemu(place: Place, old_qemu: Path) -> None:
+    """The guest's driver makes QEMU take the program off: the hook says so beforehand, and keep puts it back."""
+    with place.domain("qslv-old", Nic(mac=MACS[0], tap=TAPS[0]), emulator=old_qemu) as domain:
+        domain.boot()
+        assert "takes the program off when the guest's driver starts: it takes qsteer keep" in place.journal.text(
+            domain.name
+        )
+        assert not seen(domain).program_id
+        with keep(domain.name) as kept:
+            kept.wait_for("steered", TAPS[0])
+            place.libvirtd.virsh("destroy", domain.name)
+            at = len(kept.read())
+            domain.boot()
+            assert f"left to qsteer keep (process {kept.process.pid})" in place.journal.text(domain.name)
+            kept.wait_for("put-back", TAPS[0], after=at)
+            config = attached(domain)
+            assert config
+            check_flows(domain, place.files, TAPS[0], config)
 
 
 # The hook, when something is wrong

@@ -41,6 +41,8 @@ PREFIX = "qsteer"
 STEERING = f"{{{NAMESPACE}}}steering"
 INTERFACE = f"{{{NAMESPACE}}}interface"
 
+NOTHING_SAID = Settings()
+
 INTERFACES_MAX = 64
 TEXT_MAX = 1024
 """Characters of one attribute; a table of 128 queues has 900 at most."""
@@ -94,10 +96,12 @@ class Policy:
         return any(getattr(entry, kind) is not None for entry in self.entries)
 
 
-def limited(said: Settings, words: Collection[str]) -> tuple[Settings, tuple[str, ...]]:
-    """Of what a policy says what the administrator lets count, and the words that do not; ``words`` are those that do.
+def limited(said: Settings, words: Collection[str], below: Settings = NOTHING_SAID) -> tuple[Settings, tuple[str, ...]]:
+    """Of what a policy says what the administrator lets count, and the words that do not.
 
-    Without its table or key, static steering is still wanted, by those of the configuration.
+    ``words`` are those that do, and ``below`` is what the configuration says of the NIC: a policy may insist on
+    steering that it does not insist on, but not the other way round, and a table of one's own is another source than
+    the guest's.  Without its table or key, static steering is still wanted, by those of the configuration.
     """
     asked = {
         "source": said.source is not None and not said.static,
@@ -108,7 +112,12 @@ def limited(said: Settings, words: Collection[str]) -> tuple[Settings, tuple[str
         "pause": bool(said.allow),
         "required": said.required is not None,
     }
-    refused = tuple(word for word, is_asked in asked.items() if is_asked and word not in words)
+    allowed = set(words)
+    if "source" not in words and below.source not in (None, AUTO, Source.STATIC):
+        allowed -= {"table", "key", "types", "unclassified-queue"}
+    if below.required and not said.required:
+        allowed -= {"required"}
+    refused = tuple(word for word, is_asked in asked.items() if is_asked and word not in allowed)
     static = Static(
         types=None if "types" in refused else said.static.types,
         key=None if "key" in refused else said.static.key,
@@ -133,7 +142,7 @@ def of_interface(
     """What is wanted of a NIC that need not be there yet, and the words of the policy that do not count."""
     ids = (interface.alias, f"host{interface.alias}") if interface.alias else ()  # libvirt's name for the netdev
     below = configured.settings(vm=domain, nics=ids, mac=interface.mac, dev=interface.target, bridge=interface.bridge)
-    said, refused = limited((policy or Policy()).settings(ids, interface.mac), configured.libvirt.metadata)
+    said, refused = limited((policy or Policy()).settings(ids, interface.mac), configured.libvirt.metadata, below)
     return fold((below, said)), refused
 
 

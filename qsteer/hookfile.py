@@ -21,7 +21,8 @@ from pathlib import Path
 from qsteer.errors import NotFoundError, QsteerError, from_errno
 
 NAME = "qsteer-libvirt-hook"
-OPERATIONS = ("started", "reconnect", "migrate", "release")
+STARTED = "started"
+OPERATIONS = (STARTED, "reconnect", "migrate", "release")
 """Those that the hook does something for."""
 REFUSE = 10
 """Its exit code where the domain must not start."""
@@ -44,7 +45,10 @@ status=$?
 case $status in
 0) ;;
 {REFUSE}) exit 1 ;;
-*) logger -t {NAME} -p daemon.warning "$1: $2: {NAME} does not run: exit status $status" ;;
+*)
+	set -- -t {NAME} -p daemon.warning -- "$1: $2: {NAME} does not run: exit status $status"
+	timeout 1 logger "$@" </dev/null >/dev/null 2>&1 &
+	;;
 esac
 exit 0
 """

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 from qsteer.errors import QsteerError
 from qsteer.ifupplan import DRIVER_TAKES_OFF_BEFORE
-from qsteer.model import Domain, Source, Tap
+from qsteer.model import Source, Tap
 from qsteer.plan import Plan, Wanted, plan_apply
 
 WRAPPER = "qsteer-qemu"
-"""The <emulator> that gives a QEMU programs (c/qemu_wrapper.c)."""
+"""The <emulator> that gives a QEMU programs (c/qemu_wrapper.c); its links are called so, and more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +35,6 @@ class Decision:
     told: str = ""
     fine: bool = True
     follow: bool = False
-
-
-def needs_version(domain: Domain) -> bool:
-    """Whether it depends on QEMU's version what stays attached."""
-    return any(nic.queues and nic.queues > 1 and not nic.rss for nic in domain.interfaces)
 
 
 def decide(

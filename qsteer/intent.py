@@ -48,9 +48,10 @@ class Intent:
 
         Where it takes to know the NIC and that is not known, ``identify`` of it says so.
         """
-        nic, bridge = tap.nic, self._bridges.of(tap) if self._bridges else None
+        nic, bridge = tap.nic, self._bridge(tap)
         nic_names = nic and (nic.id, nic.netdev, nic.mac)
-        names = (tap.vm_name, nic_names, tap.name, bridge, tap.vm is not None, _policy(tap))
+        # The policy's hash stands for it: one may take up a hundred thousand bytes, and this is of one NIC.
+        names = (tap.vm_name, nic_names, tap.name, bridge, tap.vm is not None, hash(_policy(tap)))
         if names not in self._remembered:
             # Who may start processes may make up any number of names.
             if len(self._remembered) >= _REMEMBERED_MAX:
@@ -60,11 +61,14 @@ class Intent:
 
     def settings(self, tap: Tap) -> Settings:
         """The settings of one tap, options and all."""
-        return self._settings(tap, self._bridges.of(tap) if self._bridges else None)
+        return self._settings(tap, self._bridge(tap))[0]
 
     def refused(self, tap: Tap) -> tuple[str, ...]:
         """The words of the domain's policy that the configuration does not let count."""
-        return self._by_policy(tap)[1]
+        return self._settings(tap, self._bridge(tap))[1]
+
+    def _bridge(self, tap: Tap) -> str | None:
+        return self._bridges.of(tap) if self._bridges else None
 
     def _of(self, tap: Tap, bridge: str | None) -> Wanted:
         policy = _policy(tap)
@@ -72,25 +76,20 @@ class Intent:
         by_mac = self._by_mac or (policy is not None and policy.matches_on("mac"))
         unknown = (by_nic and not tap.nic) or (by_mac and not (tap.nic and tap.nic.mac))
         return settings.wanted(
-            self._settings(tap, bridge),
+            self._settings(tap, bridge)[0],
             if_absent=self._if_absent,
             expect=self._expect,
             refresh=self._refresh,
             identify=bool(unknown and tap.vm and not self._refresh),
         )
 
-    def _settings(self, tap: Tap, bridge: str | None) -> Settings:
-        below = self.config.settings(
-            vm=tap.vm_name, nics=_ids(tap), mac=tap.nic.mac if tap.nic else None, dev=tap.name, bridge=bridge
-        )
-        return settings.fold((below, self._by_policy(tap)[0], self._given))
-
-    def _by_policy(self, tap: Tap) -> tuple[Settings, tuple[str, ...]]:
-        policy = _policy(tap)
+    def _settings(self, tap: Tap, bridge: str | None) -> tuple[Settings, tuple[str, ...]]:
+        policy, ids, mac = _policy(tap), _ids(tap), tap.nic.mac if tap.nic else None
+        below = self.config.settings(vm=tap.vm_name, nics=ids, mac=mac, dev=tap.name, bridge=bridge)
         if policy is None:
-            return Settings(), ()
-        said = policy.settings(_ids(tap), tap.nic.mac if tap.nic else None)
-        return domainpolicy.limited(said, self.config.libvirt.metadata)
+            return settings.fold((below, self._given)), ()
+        said, refused = domainpolicy.limited(policy.settings(ids, mac), self.config.libvirt.metadata, below)
+        return settings.fold((below, said, self._given)), refused
 
 
 def _policy(tap: Tap) -> Policy | None:

@@ -22,6 +22,7 @@ place of entities) is refused.
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,12 +42,16 @@ if TYPE_CHECKING:
 
 SYSTEM = Path("/run/libvirt/qemu")
 SESSIONS = Path("/run/user")
+CAPABILITIES = Path("/var/cache/libvirt/qemu/capabilities")
 SESSION_STEPS = ("libvirt", "qemu", "run")
 
 FILE_MAX = 4 << 20
 """Bytes of a status file that are read; one of libvirt's is of 10 to 20 thousand, more with many disks."""
 
 _TEXT_MAX = 4096
+_VERSION = re.compile(rb"<version>(\d{1,9})</version>")
+_BEFORE_VERSION = 1 << 16
+"""Bytes of a file of capabilities within which the version is: after the flags, of which there are 7 thousand."""
 _ELEMENTS_MAX = 100_000
 _AGENT = "org.qemu.guest_agent.0"
 _QSTEERS = "{urn:qsteer:"
@@ -130,6 +135,33 @@ def running(name: str) -> tuple[Process, Domain]:
     if process.pid not in domain:
         raise BusyError(f'what libvirt knows of domain "{name}" does not fit process {process.pid}')
     return process, domain[process.pid]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emulator:
+    """What libvirt remembers of a QEMU: its version, None where that is not there, and when it looked (Unix time)."""
+
+    version: tuple[int, int] | None
+    looked_at: float
+
+
+def emulator(path: str) -> Emulator | None:
+    """An emulator, from the cache of the system's daemon (virFileCache: named by the SHA-256 of the path).
+
+    None where libvirt has not looked at it, or keeps that elsewhere.
+    """
+    import hashlib
+
+    name = hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()
+    try:
+        with (CAPABILITIES / f"{name}.xml").open("rb") as file:
+            looked_at, start = os.fstat(file.fileno()).st_mtime, file.read(_BEFORE_VERSION)
+    except OSError:
+        return None
+    found = _VERSION.search(start)
+    number = int(found[1]) if found else 0
+    version = (number // 1_000_000, number // 1000 % 1000) if found else None
+    return Emulator(version=version, looked_at=looked_at)
 
 
 def status_file(name: str) -> tuple[int, int] | None:

@@ -10,11 +10,12 @@ waits for it until DEADLINE_S is over, whatever state the child is in, be it one
 hangs).  A program is attached in one step, so that a child that is killed leaves nothing half-done.
 
 Nothing that fails here fails the domain, unless its policy, or the administrator's configuration, says that steering is
-required: then the exit code is REFUSE, the only one that the script which libvirt calls passes on (``hookfile``).  All
-is said in the system's journal, since libvirt throws away what a hook says; and on stderr, which libvirt shows where a
-hook fails.
+required: then the exit code is REFUSE, the only one that the script which libvirt calls passes on (``hookfile``).  Only
+a start is refused: libvirt would end a domain that runs if its ``reconnect`` failed.  All is said in the system's
+journal, since libvirt throws away what a hook says; and on stderr, which libvirt shows where a hook fails.
 
-The child talks over a pipe, in lines: ``required``, ``refused WHY``, ``done``.  After the last it may go on by itself.
+The child talks over a pipe, in lines: ``required``, ``refused WHY``, ``failed WHY``, ``done``.  After the last it may
+go on by itself.
 """
 
 import os
@@ -26,12 +27,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qsteer.errors import UsageError, printable
-from qsteer.hookfile import NAME, OPERATIONS, REFUSE
+from qsteer.hookfile import NAME, OPERATIONS, REFUSE, STARTED
 from qsteer.notify import Priority, SystemJournal
 
 DEADLINE_S = 2.0
 
-_REQUIRED, _DONE, _REFUSED = "required", "done", "refused "
+_REQUIRED, _DONE, _REFUSED, _FAILED = "required", "done", "refused ", "failed "
+_DOMAIN_XML_MAX = 4 << 20
+"""Bytes of a domain's XML that are read; one is of 5 to 20 thousand."""
 
 
 def main() -> int:
@@ -50,17 +53,22 @@ def main() -> int:
         _work(domain, operation, said)
     os.close(said)
     lines = _listen(heard, ends)
-    refused = [line.removeprefix(_REFUSED) for line in lines if line.startswith(_REFUSED)]
+    refused = _those(lines, _REFUSED)
     if _DONE not in lines:
         os.kill(child, signal.SIGKILL)
-        late = time.monotonic() >= ends
-        why = f"{operation}: not done within {DEADLINE_S:g} s, given up" if late else f"{operation}: qsteer failed"
-        refused += [why] if _REQUIRED in lines else []
+        late = f"not done within {DEADLINE_S:g} s, given up" if time.monotonic() >= ends else "qsteer failed"
+        why = f"{operation}: {next(iter(_those(lines, _FAILED)), late)}"
+        if operation == STARTED and _REQUIRED in lines:
+            refused = (*refused, why)
         told = f"{printable(domain)}: {why}" + ("; steering is required, the start is refused" if refused else "")
         SystemJournal(NAME, QSTEER_DOMAIN=printable(domain)).say(told, Priority.WARNING)
     for why in refused:
         print(f"{NAME}: {why}; steering is required", file=sys.stderr, flush=True)
     return REFUSE if refused else 0
+
+
+def _those(lines: Sequence[str], which: str) -> tuple[str, ...]:
+    return tuple(line.removeprefix(which) for line in lines if line.startswith(which))
 
 
 def _listen(heard: int, ends: float) -> Sequence[str]:
@@ -78,23 +86,31 @@ def _listen(heard: int, ends: float) -> Sequence[str]:
 
 
 def _work(domain: str, operation: str, said: int) -> NoReturn:
-    """What the child does.  libvirt waits for whoever has its pipes open: the child lets go of them."""
+    """What the child does.  libvirt waits for whoever has its pipes open: the child lets go of them, one by one."""
+
+    def tell(line: str) -> None:
+        os.write(said, f"{line}\n".encode())
+
     try:
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 1)
         os.dup2(null, 2)
+        with open(0, "rb", closefd=False) as stdin:
+            xml = stdin.read(_DOMAIN_XML_MAX + 1)
+        os.dup2(null, 0)
         os.setsid()
+        os.chdir("/")
         from qsteer import hookwork
-
-        def tell(line: str) -> None:
-            os.write(said, f"{line}\n".encode())
 
         hookwork.run(
             domain,
             operation,
+            xml,
             required=lambda: tell(_REQUIRED),
             refuse=lambda why: tell(f"{_REFUSED}{printable(why)}"),
             done=lambda: tell(_DONE),
         )
+    except Exception as error:  # half an upgrade, above all
+        tell(f"{_FAILED}{type(error).__name__}: {printable(str(error))}")
     finally:
         os._exit(0)

@@ -36,7 +36,9 @@ def asked_for_version(pid: int) -> Iterator[subprocess.Popen[bytes] | None]:
     finally:
         if asked:
             asked.kill()
-            asked.communicate()
+            asked.wait()
+            if asked.stdout:
+                asked.stdout.close()
 
 
 def version(asked: subprocess.Popen[bytes] | None, timeout_s: float = VERSION_S) -> tuple[int, int] | None:
@@ -58,15 +60,25 @@ def keep_of(names: Collection[str]) -> int | None:
                 if entry.name.isdecimal() and entry.stat().st_uid in (0, os.geteuid()):
                     with Path(entry.path, "cmdline").open("rb") as file:
                         start = file.read(_CMDLINE_START)
-                    if is_keep_of(names, qemuargs.split_cmdline(start)):
+                    if is_keep_of(names, qemuargs.split_cmdline(start)) and _is_python(entry.name):
                         return int(entry.name)
     return None
+
+
+def _is_python(pid: str) -> bool:
+    """Whether Python runs there, and not su(1), say, whose command line is of the caller's making."""
+    try:
+        return os.readlink(f"/proc/{pid}/exe").rpartition("/")[2].startswith("python")  # noqa: PTH115
+    except PermissionError:
+        return True  # it is root's, and this is not: whoever lies here lies to nobody with more rights
+    except OSError:
+        return False
 
 
 def is_keep_of(names: Collection[str], argv: Sequence[str]) -> bool:
     """Whether a command line is that of a ``qsteer keep`` that keeps every VM, or one of these; it can be forged."""
     words = [word.rpartition("/")[2] for word in argv[:_WORDS_BEFORE_VERB]]
-    if not any(pair == ("qsteer", "keep") for pair in pairwise(words)):
+    if not (words and words[0].startswith(("python", "qsteer"))) or ("qsteer", "keep") not in pairwise(words):
         return False
     kept = set(pairwise(argv)) | {("--vm", word.removeprefix("--vm=")) for word in argv if word.startswith("--vm=")}
     return "--all" in argv or any(("--vm", name) in kept for name in names)

@@ -55,7 +55,7 @@ class Virsh:
                 capture_output=True,
                 timeout=TIMEOUT_S,
                 check=False,
-                env={**os.environ, "LC_ALL": "C.UTF-8"},
+                env={**os.environ, "LC_ALL": "C.UTF-8", "LANGUAGE": ""},  # its own words, not the user's
             )
         except FileNotFoundError:
             raise UnsupportedError("there is no virsh", hint="Debian package libvirt-clients") from None

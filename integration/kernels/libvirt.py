@@ -42,7 +42,7 @@ _SETTINGS = ("weight 1 2 3 2", "equal 3")
 _HOOK = f"""#!{sys.executable}
 import sys
 from qsteer import hookwork, libvirthook
-libvirthook.DEADLINE_S = hookwork.LOCK_S = hookwork.VERSION_S = {SECONDS}
+libvirthook.DEADLINE_S = hookwork.LOCK_S = {SECONDS}
 sys.exit(libvirthook.main())
 """
 _QMP = (
@@ -83,14 +83,15 @@ class Show:
     def _hook(self) -> dict[str, Any]:
         policy = f"<q:steering xmlns:q='{NAMESPACE}'><q:interface equal='3'/></q:steering>"
         nic = Nic(mac=MAC, tap=TAP, vhost=True, rss=False)
-        with self._domain(nic, metadata=policy) as domain:
+        with self._domain("hook", nic, metadata=policy) as domain:
             domain.boot()
             config = _attached()
             assert config and config.table == equal_table(3), self._journal.text(domain.name)
             return self._measured(domain, [config])
 
     def _wrapper(self) -> dict[str, Any]:
-        with _serving(), self._domain(Nic(mac=MAC, tap=TAP, vhost=True, rss=True), emulator=WRAPPER) as domain:
+        nic = Nic(mac=MAC, tap=TAP, vhost=True, rss=True)
+        with _serving(), self._domain("wrapper", nic, emulator=WRAPPER) as domain:
             domain.boot()
             said = [line for line in domain.log().splitlines() if line.startswith("qsteer-qemu:")]
             if ethtool.has_no_table(domain.run("ethtool -x eth0")):
@@ -100,8 +101,8 @@ class Show:
     def _keep(self) -> dict[str, Any]:
         nic = Nic(mac=MAC, tap=TAP, vhost=True, rss=True)
         with (
-            keep(f"qskl-{self._name}", "--allow", "pause", "--reread", "1", *PATIENTLY) as kept,
-            self._domain(nic, extra=_QMP) as domain,
+            keep(f"qskl-{self._name}-keep", "--allow", "pause", "--reread", "1", *PATIENTLY) as kept,
+            self._domain("keep", nic, extra=_QMP) as domain,
         ):
             domain.boot()
             if ethtool.has_no_table(domain.run("ethtool -x eth0")):
@@ -110,10 +111,8 @@ class Show:
             said = [line for line in self._journal.text(domain.name).splitlines() if "left to" in line]
             return row | {"said": said, "events": len(kept.events)}
 
-    @contextlib.contextmanager
-    def _domain(self, nic: Nic, **options: Any) -> Iterator[Domain]:
-        with Domain(self._libvirtd, self._files, name=f"qskl-{self._name}", nics=[nic], **options) as domain:
-            yield domain
+    def _domain(self, what: str, nic: Nic, **options: Any) -> Domain:
+        return Domain(self._libvirtd, self._files, name=f"qskl-{self._name}-{what}", nics=[nic], **options)
 
     def _measured(self, domain: Domain, wanted: Sequence[str | RssConfig]) -> dict[str, Any]:
         """Every flow for each configuration: the guest sets those that are in words, and gets what it asks for."""

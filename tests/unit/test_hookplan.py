@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qsteer import hookplan
-from qsteer.hookplan import Decision, decide, needs_version
-from qsteer.model import Domain, Interface, Nic, Source, Tap
+from qsteer.hookplan import Decision, decide
+from qsteer.model import Nic, Source, Tap
 from qsteer.plan import Attach, Static, Wanted
 from qsteer.rss import equal_table
 from tests.unit.taps import FOREIGN, OWN_SHARED, OWN_STATIC, QEMUS, RSS_NIC, RSS_VHOST_NIC, STATIC, held, tap
@@ -206,28 +206,6 @@ def test_for_which_taps_the_version_matters(one: Tap, needed: bool) -> None:
         for version in ((7, 2), (10, 0))
     ]
     assert needed == (decisions[0].told != decisions[1].told or decisions[2].told != decisions[3].told)
-
-
-@pytest.mark.parametrize(
-    ("nics", "needed"),
-    [
-        ([], False),
-        ([(4, False)], True),
-        ([(4, None)], True),
-        ([(4, True)], False),
-        ([(1, False)], False),
-        ([(None, None)], False),
-        ([(4, True), (1, False), (2, False)], True),
-        ([(4, True), (1, False)], False),
-    ],
-)
-def test_for_which_domains_the_version_is_asked_for(nics: list[tuple[int | None, bool | None]], needed: bool) -> None:
-    interfaces = tuple(
-        Interface(kind="network", alias=None, mac=None, model=None, target=None, queues=queues, rss=rss, vhost=None)
-        for queues, rss in nics
-    )
-    domain = Domain(name="web1", uuid="u", pid=1, interfaces=interfaces, monitor=None, agent=None)
-    assert needs_version(domain) == needed
 
 
 def test_what_decides_is_pure() -> None:

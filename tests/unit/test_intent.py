@@ -77,7 +77,7 @@ LEVELS: dict[str, tuple[Settings, Settings, Settings, Settings]] = {
         NOTHING,
         replace(GUEST, replace=True, force=True, required=True),
     ),
-    "not required after all": (Settings(required=True), Settings(required=False), NOTHING, Settings(required=False)),
+    "required of the policy": (NOTHING, Settings(required=True), NOTHING, Settings(required=True)),
 }
 
 
@@ -92,6 +92,23 @@ def test_whose_word_counts(case: str) -> None:
     assert wanted.source == (holds.source if isinstance(holds.source, Source) else None)
     assert (wanted.static, wanted.allow_pause) == (holds.static, "pause" in (holds.allow or ()))
     assert not wanted.identify
+
+
+def test_what_the_administrator_requires_no_policy_lifts() -> None:
+    intent = Intent(NOTHING, load=loads(Settings(required=True)))
+    one = of(says(Settings(required=False)))
+    assert intent.settings(one).required and intent.refused(one) == ("required",)
+
+
+def test_a_table_is_another_source() -> None:
+    """Whose words of it count, but not that of the source, keeps to the one that the administrator chose."""
+    words = ("table", "unclassified-queue")
+    cases = ((Source.DEVICE_STATE, False), (Source.STATIC, True), (None, True))
+    for configured, counts in cases:
+        intent = Intent(NOTHING, load=loads(Settings(source=configured), libvirt=Libvirt(metadata=words)))
+        one = of(says(Settings(source=Source.STATIC, static=Static(unclassified_queue=3))))
+        assert intent.refused(one) == (() if counts else ("unclassified-queue",))
+        assert intent.settings(one).source == (Source.STATIC if counts else configured)
 
 
 REFUSED: dict[str, tuple[Settings, tuple[str, ...], Settings, tuple[str, ...]]] = {

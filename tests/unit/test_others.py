@@ -2,6 +2,7 @@
 """A running keep by its command line, and a QEMU's version by its own word."""
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ UUID = "11111111-2222-4333-8444-555555555555"
         ("qsteer status", False),
         ("vi qsteer.py keep", False),
         ("grep -r a b c d qsteer keep", False),
+        ("su root -- qsteer keep --all", False),
+        ("sudo qsteer keep --all", False),
         ("", False),
     ],
 )
@@ -62,11 +65,19 @@ def test_a_keep_among_the_processes_of_the_host(tmp_path: Path) -> None:
     name = str(tmp_path)
     assert keep_of((name, "other")) is None
     script = tmp_path / "qsteer"
-    script.write_text("echo ready; read line")
-    with program("sh", str(script), "keep", "--vm", name) as pid:
+    script.write_text("print('ready', flush=True); input()")
+    with program("python3", str(script), "keep", "--vm", name, executable=sys.executable) as pid:
         assert keep_of((name, "other")) == keep_of(("other", name)) == pid
         assert keep_of((f"{name}x",)) is None
     assert keep_of((name,)) is None
+
+
+def test_a_command_line_alone_makes_no_keep(tmp_path: Path) -> None:
+    """Anybody may start su(1), which is root's then, with words of their own."""
+    script = tmp_path / "qsteer"
+    script.write_text("echo ready; read line")
+    with program("python3", str(script), "keep", "--all"):
+        assert keep_of((str(tmp_path),)) is None
 
 
 def qemu(tmp_path: Path, text: str) -> str:
