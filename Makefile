@@ -24,7 +24,8 @@ PROGRAMS := qsteer-bridge-helper qsteer-qemu
 BUILT := $(PROGRAMS:%=build/%)
 qsteer-bridge-helper_SOURCES := c/bridge_helper.c c/bridge_acl.c c/bridge_args.c c/refusal.c
 qsteer-qemu_SOURCES := c/qemu_wrapper.c c/qemu_find.c c/qemu_nics.c c/qemu_probe.c c/serve_client.c c/json.c c/refusal.c
-qsteer-qemu_LIBRARIES := -ljson-c
+# Into the program, where that can be: a domain must start whatever packages come and go.
+qsteer-qemu_LIBRARIES = $(shell $(CC) -print-file-name=libjson-c.a | grep / || echo -ljson-c)
 PROGRAM_FLAGS = -std=gnu11 -O2 -Wall -Wextra -Werror \
 	-fPIE -pie -Wl,-z,relro,-z,now -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -fstack-protector-strong \
 	-DQS_VERSION='"$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' qsteer/__init__.py)"'
@@ -220,8 +221,10 @@ install: ## put qsteer under PREFIX, with a virtual environment of its own
 	)
 	rm -rf "$(LIBRARY).new"
 	cp -R "$$work/qsteer" "$(LIBRARY).new"
-	rm -rf "$(LIBRARY)"
+	rm -rf "$(LIBRARY).old"
+	[[ ! -e "$(LIBRARY)" ]] || mv "$(LIBRARY)" "$(LIBRARY).old"
 	mv "$(LIBRARY).new" "$(LIBRARY)"
+	rm -rf "$(LIBRARY).old"
 	for link in $(LINKS); do
 		mkdir -p "$$(dirname "$(ROOT_OF_INSTALL)/$${link%=*}")"
 		ln -sfn "$${link#*=}" "$(ROOT_OF_INSTALL)/$${link%=*}"
@@ -246,6 +249,7 @@ uninstall: ## take off what install put there; running virtual machines stay ste
 	echo "Running virtual machines stay steered: /sys/fs/bpf/qsteer and /run/qsteer are as they were."
 	[[ ! -e /etc/libvirt/hooks/qemu.d/50-qsteer ]] ||
 		echo "libvirt's hook, which does nothing now, is still there: rm /etc/libvirt/hooks/qemu.d/50-qsteer"
+	echo "Domains of libvirt whose <emulator> is qsteer-qemu do not start any more: virsh edit."
 
 clean: ## remove everything that is made, build/ included
 	rm -rf build dist qsteer.egg-info qsteer/bpf qsteer/_shim*.so

@@ -25,7 +25,7 @@
  * well-meant, but not for well-formed.
  *
  * libvirt remembers a QEMU's capabilities by its <emulator>'s file: an upgrade of QEMU behind this one goes unseen until
- * that is touched.
+ * that is touched, which qsteer's hook does at the first start with the other QEMU (qsteer/hookwork.py).
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -8,11 +8,15 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include "auto.h"
 #include "deadline.h"
@@ -186,13 +190,52 @@ static int qs_receive_fds(int socket, long long deadline, int fds[QS_PROGRAM_FDS
 	return qs_bad_answer(refusal);
 }
 
+/* What an fd is, by the kernel's name for it: "bpf-prog", "bpf-map". */
+static bool qs_is_bpf(int fd, const char *what)
+{
+	char link[32], wanted[32], name[32];
+	ssize_t length;
+
+	snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
+	snprintf(wanted, sizeof(wanted), "anon_inode:%s", what);
+	length = readlink(link, name, sizeof(name) - 1);
+	if (length < 0)
+		return false;
+	name[length] = '\0';
+	return !strcmp(name, wanted);
+}
+
+/* QEMU maps the three maps, a page of each, and ends where it cannot. */
+static int qs_check_fds(const int fds[QS_PROGRAM_FDS], struct qs_refusal *refusal)
+{
+	size_t page = (size_t)sysconf(_SC_PAGESIZE);
+
+	if (!qs_is_bpf(fds[0], "bpf-prog"))
+		return qs_refuse(refusal, "what qsteer serve gives is no program");
+	for (int i = 1; i < QS_PROGRAM_FDS; i++) {
+		void *map = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED, fds[i], 0);
+
+		if (map == MAP_FAILED)
+			return qs_failed("cannot use the maps that qsteer serve gives", refusal);
+		munmap(map, page);
+		if (!qs_is_bpf(fds[i], "bpf-map"))
+			return qs_refuse(refusal, "what qsteer serve gives are no maps");
+	}
+	return 0;
+}
+
 int qs_serve_program(const char *socket_path, int queue_fd, long long deadline,
 		     struct qs_program *program, struct qs_refusal *refusal)
 {
 	qs_auto_close int socket = qs_connect(socket_path, deadline, refusal);
 
 	if (socket < 0 || qs_send_request(socket, queue_fd, refusal) ||
-	    qs_receive_answer(socket, deadline, program, refusal))
+	    qs_receive_answer(socket, deadline, program, refusal) ||
+	    qs_receive_fds(socket, deadline, program->fds, refusal))
 		return -1;
-	return qs_receive_fds(socket, deadline, program->fds, refusal);
+	if (!qs_check_fds(program->fds, refusal))
+		return 0;
+	for (int i = 0; i < QS_PROGRAM_FDS; i++)
+		close(program->fds[i]);
+	return -1;
 }

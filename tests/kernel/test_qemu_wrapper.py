@@ -631,11 +631,28 @@ def frame(members: object) -> bytes:
     return struct.pack("!I", len(body)) + body
 
 
-def give(count: int, body: bytes | None = None, *, early: bool = False) -> Behaviour:
-    """An answer, then so many fds in a message; or with the answer itself."""
+def right_fds() -> list[int]:
+    """A program and its maps."""
+    return list(programs.load_program(tap="qsqw0", source=Source.SHARED_MAPS).fds)
+
+
+def maps_that_are(path: str) -> Callable[[], list[int]]:
+    """A program, and files in the place of its maps."""
+
+    def make() -> list[int]:
+        program, *maps = right_fds()
+        for fd in maps:
+            os.close(fd)
+        return [program, *(os.open(path, os.O_RDWR) for _ in maps)]
+
+    return make
+
+
+def give(what: int | Callable[[], list[int]], body: bytes | None = None, *, early: bool = False) -> Behaviour:
+    """An answer, then fds in a message, or so many that are of no use; or with the answer itself."""
 
     def behave(sock: socket.socket) -> None:
-        fds = [os.open("/dev/zero", os.O_RDWR) for _ in range(count)]
+        fds = [os.open("/dev/zero", os.O_RDWR) for _ in range(what)] if isinstance(what, int) else what()
         answer = frame(ANSWER) if body is None else body
         if early:
             socket.send_fds(sock, [answer], fds)
@@ -707,6 +724,13 @@ SERVICES: dict[str, tuple[Behaviour, str]] = {
     "three fds": (give(3), BAD),
     "five fds": (give(5), "qsteer serve gives more fds than there is room for"),
     "fds with the answer": (give(4, early=True), LATE),
+    "four files": (give(4), "what qsteer serve gives is no program"),
+    "no maps": (give(maps_that_are("/dev/zero")), "what qsteer serve gives are no maps"),
+    "nothing that can be mapped": (
+        give(maps_that_are("/dev/null")),
+        "cannot use the maps that qsteer serve gives: No such device",
+    ),
+    "maps and no program": (give(lambda: right_fds()[::-1]), "what qsteer serve gives is no program"),
     "a reason": (refuse("no rule is for you"), "no rule is for you"),
     "a reason that is not printable": (refuse("a\n\x1b[2J\u20ac"), "a??[2J???"),
 }
@@ -769,10 +793,11 @@ def test_services(place: Place, tap: support.TapUnderTest, behave: Behaviour, sa
 def test_a_service_is_as_it_should_be(place: Place, tap: support.TapUnderTest) -> None:
     """The same stand-in, right in every part: what the cases above spoil.  Its name is bounded, and made printable."""
     answer = frame({**ANSWER, "program": "qsteer 7\n\x1b" + "x" * 5000})
-    with pretending(give(4, answer)):
+    with pretending(give(right_fds, answer)):
         done = place.start((*STANDARD, *Nic(fds=tap.open.fds).words), pass_fds=tap.open.fds)
     assert done.lines == ("net0: program qsteer 7??" + "x" * 53,)
-    assert sum(target == "/dev/zero" for target in done.started.fds.values()) == 4
+    targets = list(done.started.fds.values())
+    assert (targets.count("anon_inode:bpf-prog"), targets.count("anon_inode:bpf-map")) == (1, 3)
     assert any("ebpf-rss-fds" in word for word in done.started.argv)
 
 
