@@ -5,7 +5,7 @@ This speaks to libvirt (``virsh``), which a hook must not: it is for the command
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from qsteer import config, domainpolicy, libvirt, settings
@@ -41,9 +41,11 @@ class Shown:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What ``set`` does: ``xml`` None takes the policy away."""
+    """What ``set`` writes into one place: the domain that runs (``live``), or its configuration, or both.
 
-    domain: str
+    ``xml`` None takes the policy away.
+    """
+
     xml: str | None
     live: bool
     config: bool
@@ -62,32 +64,41 @@ def show(virsh: Virsh) -> Shown:
 
 def plan_set(
     virsh: Virsh, *, alias: str | None, mac: str | None, said: Settings, engine: str | None, clear: bool
-) -> Written:
-    """What ``set`` is going to write.
+) -> tuple[Written, ...]:
+    """What ``set`` is going to write: into the domain that runs and its configuration, which may differ.
 
-    ``said`` goes over what the policy says already of the NIC of that alias or MAC, of every NIC where both are None;
+    ``said`` goes over what a policy says already of the NIC of that alias or MAC, of every NIC where both are None;
     with ``clear`` nothing is said of it any more.  Raises QsteerError; UsageError for an alias or MAC of no NIC, unless
     it is there to be cleared.
     """
     live, persistent = virsh.is_running(), virsh.is_persistent()
-    domain = _describe(virsh, inactive=persistent)
-    policy = domain.policy or Policy()
-    if policy.mistakes and not (clear and alias is None and mac is None):
-        raise UsageError(f"the policy that is there has a mistake: {policy.mistakes[0]}", hint="virsh edit, or --clear")
-    if not (clear and any((one.alias, one.mac) == (alias, mac) for one in policy.entries)):
-        _check_nic(virsh, domain, alias, mac, live=live)
-    changed = _changed(policy, Entry(alias=alias, mac=mac, engine=engine, settings=said), clear=clear)
-    if len(changed.entries) > INTERFACES_MAX:
+    of_live = [False] * persistent + [True] * live
+    places = [_describe(virsh, inactive=not one) for one in of_live]
+    policies = [place.policy or Policy() for place in places]
+    mistakes = [mistake for policy in policies for mistake in policy.mistakes]
+    if mistakes and not (clear and alias is None and mac is None):
+        raise UsageError(f"the policy that is there has a mistake: {mistakes[0]}", hint="virsh edit, or --clear")
+    if not (clear and any((one.alias, one.mac) == (alias, mac) for policy in policies for one in policy.entries)):
+        _check_nic(places, alias, mac)
+    entry = Entry(alias=alias, mac=mac, engine=engine, settings=said)
+    texts = [_text(_changed(policy, entry, clear=clear)) for policy in policies]
+    if len(texts) == 2 and texts[0] == texts[1]:
+        return (Written(xml=texts[0], live=True, config=True),)
+    return tuple(Written(xml=text, live=one, config=not one) for text, one in zip(texts, of_live, strict=True))
+
+
+def _text(policy: Policy) -> str | None:
+    if len(policy.entries) > INTERFACES_MAX:
         raise UsageError(
             f"the policy would be of more than {INTERFACES_MAX} interfaces", hint="--clear --nic ALIAS for those gone"
         )
-    xml = domainpolicy.to_xml(changed) if changed.entries or changed.required is not None else None
-    return Written(domain=domain.name, xml=xml, live=live, config=persistent)
+    return domainpolicy.to_xml(policy) if policy.entries or policy.required is not None else None
 
 
-def write(virsh: Virsh, written: Written) -> None:
+def write(virsh: Virsh, what: Sequence[Written]) -> None:
     """Raises QsteerError."""
-    virsh.set_metadata(NAMESPACE, PREFIX, written.xml, live=written.live, config=written.config)
+    for one in what:
+        virsh.set_metadata(NAMESPACE, PREFIX, one.xml, live=one.live, config=one.config)
 
 
 def _describe(virsh: Virsh, *, inactive: bool) -> Description:
@@ -105,15 +116,14 @@ def _with_aliases(interfaces: Iterable[Interface]) -> tuple[Interface, ...]:
     )
 
 
-def _check_nic(virsh: Virsh, domain: Description, alias: str | None, mac: str | None, *, live: bool) -> None:
-    """Raises UsageError where there is no such NIC: none that is there at the next start, nor with ``live`` now."""
-    if alias is None and mac is None:
-        return
-    nics = (*domain.interfaces, *(_describe(virsh, inactive=False).interfaces if live else ()))
+def _check_nic(places: Sequence[Description], alias: str | None, mac: str | None) -> None:
+    """Raises UsageError where there is no such NIC: none that is there now, or at the next start."""
+    nics = [nic for place in places for nic in place.interfaces]
     for name, names in ((alias, [nic.alias for nic in nics]), (mac, [nic.mac for nic in nics])):
         known = dict.fromkeys(one for one in names if one)
         if name is not None and name not in known:
-            raise UsageError(f'domain "{domain.name}" has no NIC "{name}"', hint=f"it has {', '.join(known) or 'none'}")
+            hint = f"it has {', '.join(known) or 'none'}"
+            raise UsageError(f'domain "{places[0].name}" has no NIC "{name}"', hint=hint)
 
 
 def _changed(policy: Policy, entry: Entry, *, clear: bool) -> Policy:

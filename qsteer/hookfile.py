@@ -15,6 +15,7 @@ on Debian and Ubuntu, that may execute what is in /usr/bin, which the Python is 
 
 import contextlib
 import os
+import stat
 import sys
 from pathlib import Path
 
@@ -64,6 +65,18 @@ def hook() -> Path:
     return path
 
 
+def not_roots() -> Path | None:
+    """What libvirt would run or read as root, and somebody else can write; None if there is nothing of that."""
+    import qsteer
+
+    code = Path(qsteer.__file__).parent
+    for path in (hook(), hook().parent, Path(sys.executable), code, code / "hookwork.py"):
+        about = path.stat()
+        if about.st_uid or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return path
+    return None
+
+
 def install() -> bool:
     """Put the script into its place; whether that changed anything.
 
@@ -74,7 +87,7 @@ def install() -> bool:
     wanted = text(hook())
     if _installed() == wanted and os.access(SCRIPT, os.X_OK):
         return False
-    new = SCRIPT.with_name(f".{SCRIPT.name}.new")
+    new = HOOKS / f".{SCRIPT.name}.new"  # what is in qemu.d is run
     try:
         for made in (HOOKS, SCRIPT.parent):
             made.mkdir(mode=0o755, exist_ok=True)

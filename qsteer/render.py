@@ -377,21 +377,19 @@ def domain_json(shown: "Shown") -> Json:
     }
 
 
-def written_text(written: "Written") -> str:
+def written_text(written: "Sequence[Written]") -> str:
     """What ``libvirt set`` writes, or has written."""
-    where = " and ".join(("the domain that runs",) * written.live + ("its configuration",) * written.config)
-    return f"{written.xml or 'no policy'}\nin {where}"
+    return "\n".join(f"{one.xml or 'no policy'}\nin {_where(one)}" for one in written)
 
 
-def written_json(written: "Written") -> Json:
+def _where(written: "Written") -> str:
+    return " and ".join(("the domain that runs",) * written.live + ("its configuration",) * written.config)
+
+
+def written_json(domain: str, written: "Sequence[Written]") -> Json:
     """The same."""
-    return {
-        "schema": "qsteer.libvirt-set/1",
-        "name": written.domain,
-        "xml": written.xml,
-        "live": written.live,
-        "config": written.config,
-    }
+    places = [{"xml": one.xml, "live": one.live, "config": one.config} for one in written]
+    return {"schema": "qsteer.libvirt-set/1", "name": domain, "written": places}
 
 
 def document(schema: str, taps: Sequence[Json], *, pretty: bool) -> str:

@@ -270,6 +270,8 @@ def libvirt_install(given: argparse.Namespace) -> int:
         _print(given, f"{hookfile.SCRIPT}:\n{hookfile.text(hookfile.hook())}")
         return 0
     changed = hookfile.install()
+    if path := hookfile.not_roots():
+        print(f"qsteer: {path} is not root's alone, and libvirt runs it as root: see make install", file=sys.stderr)
     _print(given, f"{hookfile.SCRIPT}: {'written' if changed else 'unchanged'}")
     _print(given, "libvirt looks for hooks when it starts: systemctl restart libvirtd (or virtqemud); domains go on")
     return 0
@@ -319,10 +321,10 @@ def libvirt_set(given: argparse.Namespace) -> int:
     if not given.dry_run:
         domains.write(virsh, written)
     if given.json:
-        print(render.json_text(render.written_json(written), pretty=given.pretty))
+        print(render.json_text(render.written_json(given.domain, written), pretty=given.pretty))
     else:
         _print(given, render.written_text(written))
-        if written.live and not given.dry_run:
+        if any(one.live for one in written) and not given.dry_run:
             _print(
                 given, f"it counts for qsteer keep, and from the next start on; now: qsteer apply --vm {given.domain}"
             )

@@ -70,7 +70,9 @@ def plan(
     engine: str | None = None,
     clear: bool = False,
 ) -> Written:
-    return plan_set(fake, alias=alias, mac=mac, said=said or Settings(), engine=engine, clear=clear)
+    """What is written, where that is the same everywhere."""
+    (written,) = plan_set(fake, alias=alias, mac=mac, said=said or Settings(), engine=engine, clear=clear)
+    return written
 
 
 def policy_of(written: Written) -> Policy:
@@ -240,18 +242,24 @@ PLACES = {
 def test_where_it_is_written(case: str) -> None:
     fake, (live, kept) = PLACES[case]
     written = plan(fake, EQUAL)
-    assert (written.domain, written.live, written.config) == ("web1", live, kept)
-    domains.write(fake, written)
+    assert (written.live, written.config) == (live, kept)
+    domains.write(fake, (written,))
     assert fake.written.pop() == (written.xml, live, kept)
-    domains.write(fake, plan(fake, clear=True))
+    domains.write(fake, (plan(fake, clear=True),))
     assert fake.written.pop() == (None, live, kept)
 
 
-def test_what_is_kept_counts_before_what_runs() -> None:
+def test_what_runs_and_what_is_kept_may_say_different_things() -> None:
     fake = Fake(
         xml(nic(MAC, "net0"), policy=Policy(entries=(OF_ALL,))), xml(nic(MAC), policy=Policy(entries=(OF_NET0,)))
     )
-    assert policy_of(plan(fake, Settings(required=True))) == Policy(required=True, entries=(OF_NET0,))
+    said = Settings(required=True)
+    kept, live = plan_set(fake, alias=None, mac=None, said=said, engine=None, clear=False)
+    assert (kept.live, kept.config, live.live, live.config) == (False, True, True, False)
+    assert policy_of(kept) == Policy(required=True, entries=(OF_NET0,))
+    assert policy_of(live) == Policy(required=True, entries=(OF_ALL,))
+    domains.write(fake, (kept, live))
+    assert fake.written == [(kept.xml, False, True), (live.xml, True, False)]
 
 
 def test_the_same_again_changes_nothing() -> None:
@@ -270,7 +278,6 @@ KNOWN = {
     "made at the start": (Fake(inactive=TWO), ("net0", "net1")),
     "the user's, and libvirt counts the others": (Fake(inactive=MIXED), ("ua-lan", "net0", "net1")),
     "those that run": (Fake(live=RUNS), ("net0", "net5")),
-    "both": (Fake(RUNS, TWO), ("net0", "net1", "net5")),
     "none": (Fake(inactive=xml()), ()),
 }
 
@@ -286,6 +293,15 @@ def test_the_aliases_of_a_domain(case: str) -> None:
             plan(fake, EQUAL, alias=alias)
         assert str(caught.value) == f'domain "web1" has no NIC "{alias}"'
         assert caught.value.hint == f"it has {', '.join(known) or 'none'}"
+
+
+def test_the_nics_of_a_domain_that_runs_are_not_all_that_it_is_going_to_have() -> None:
+    fake = Fake(RUNS, TWO)
+    for alias in ("net0", "net1", "net5"):
+        assert plan(fake, EQUAL, alias=alias)
+    with pytest.raises(UsageError) as caught:
+        plan(fake, EQUAL, alias="net7")
+    assert caught.value.hint == "it has net0, net1, net5"
 
 
 def test_the_macs_of_a_domain() -> None:
@@ -611,9 +627,7 @@ def test_set(stand_in: Path, folder: Path, capsys: pytest.CaptureFixture[str], m
     assert json.loads(out) == {
         "schema": "qsteer.libvirt-set/1",
         "name": "web1",
-        "xml": written,
-        "live": True,
-        "config": False,
+        "written": [{"xml": written, "live": True, "config": False}],
     }
     code, out, err = command(capsys, monkeypatch, "set", "web1", "--clear")
     assert (code, out.splitlines()[0], err) == (0, "no policy", [])
@@ -631,7 +645,7 @@ def test_what_was_shown_can_be_set(
     code, out, _ = command(capsys, monkeypatch, "set", "web1", "--from", str(saved), "-n", "--json")
     assert code == 0
     document = json.loads(out)
-    written = Written(domain="web1", xml=document["xml"], live=True, config=False)
+    written = Written(**document["written"][0])
     (entry,) = policy_of(written).entries
     assert entry.settings == static(types=HashType(0), key=KEY, table=(2, 1), unclassified_queue=2)
 

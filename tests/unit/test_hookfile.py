@@ -258,14 +258,14 @@ def test_other_hooks_stay(script: Path) -> None:
 @pytest.mark.parametrize("is_link", [False, True])
 def test_what_a_killed_qsteer_has_left(script: Path, tmp_path: Path, is_link: bool) -> None:
     script.parent.mkdir(parents=True)
-    left = script.with_name(f".{script.name}.new")
+    left = hookfile.HOOKS / f".{script.name}.new"
     if is_link:
         left.symlink_to(tmp_path / "elsewhere")
     else:
         left.write_text("half")
     assert hookfile.install()
     assert list(script.parent.iterdir()) == [script] and not script.is_symlink()
-    assert not (tmp_path / "elsewhere").exists()
+    assert not (tmp_path / "elsewhere").exists() and not left.exists()
 
 
 def test_a_write_that_fails_leaves_what_was_there(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
