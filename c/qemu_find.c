@@ -109,6 +109,6 @@ int qs_qemu_find(const char *called, char path[PATH_MAX], struct qs_refusal *rem
 		if (!qs_unfit(path, &self))
 			return 0;
 	}
-	return qs_refuse(refusal, "there is no %s to run, neither in /usr/bin nor in %s", name,
-			 QS_CHOICES);
+	return qs_refuse(refusal, "there is no %s to run in %s, %s or another usual place", name,
+			 QS_CHOICES, places[0]);
 }

@@ -20,11 +20,11 @@ later ones go over earlier ones, and what is said here goes over the configurati
 always who administers the host: the configuration says which words of a policy count (``settings.Libvirt``).
 
 A policy with a mistake counts for nothing, but for ``required``: whoever insists on steering, be it for one NIC, does
-not want to go without because of a typing error.
+not want to go without because of a typing error, be it in that word itself.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from xml.etree import ElementTree
@@ -90,6 +90,15 @@ class Policy:
         ids, mac = tuple(nics), mac.lower() if mac else None
         of_nic = (entry.settings for entry in self.entries if entry.is_for(ids, mac))
         return fold((Settings(required=self.required), *of_nic))
+
+    def about_none_of(self, interfaces: Sequence[Interface]) -> tuple[str, ...]:
+        """The aliases and MACs of which there is no NIC."""
+        aliases, macs = {one.alias for one in interfaces}, {one.mac for one in interfaces}
+        return tuple(
+            " ".join(filter(None, (entry.alias, entry.mac)))
+            for entry in self.entries
+            if entry.alias not in (None, *aliases) or entry.mac not in (None, *macs)
+        )
 
     def matches_on(self, kind: str) -> bool:
         """Whether some entry is about an ``alias``, or a ``mac``."""
@@ -162,7 +171,7 @@ def parse(element: Element) -> Policy:
             mistakes.append(f"more than {INTERFACES_MAX} elements")
             break
         if child.tag != INTERFACE:
-            mistakes.append(f"<{_shown(_local(child.tag))}> is no element of qsteer's; <interface> is")
+            mistakes.append(f"<{_shown(_local(child.tag))}> is not interface of the namespace {NAMESPACE}")
         elif entry := _entry(child, number, mistakes):
             entries.append(entry)
     children = element[:INTERFACES_MAX]
@@ -171,7 +180,7 @@ def parse(element: Element) -> Policy:
         mistakes.append("text, or an element, where none belongs")
     if not mistakes:
         return Policy(entries=tuple(entries), required=required)
-    if any(child.get("required") == "yes" for child in children):
+    if any(one.get("required", "no") != "no" for one in (element, *children)):
         required = True
     if (more := len(mistakes) - MISTAKES_MAX) > 0:
         mistakes = [*mistakes[:MISTAKES_MAX], f"mistakes that are not shown: {more}"]
@@ -211,8 +220,8 @@ def _word(value: bool | None) -> str | None:
 def _table(table: tuple[int, ...] | None) -> dict[str, str]:
     if table is None:
         return {}
-    queues = max(table) + 1
-    return {"equal": str(queues)} if table == rss.equal_table(queues) else {"table": ",".join(map(str, table))}
+    word, numbers = rss.table_in_words(table)
+    return {word: ",".join(map(str, numbers))}
 
 
 def _entry(element: Element, number: int, mistakes: list[str]) -> Entry | None:

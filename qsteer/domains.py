@@ -34,6 +34,26 @@ class Shown:
     nics: tuple[NicPolicy, ...]
 
     @property
+    def doubts(self) -> tuple[str, ...]:
+        """What may not be meant: NICs that are not there, queues that are not, words that do not count."""
+        policy = self.domain.policy or Policy()
+        doubts = [f"the policy is about a NIC {nic}, which there is not" for nic in policy.about_none_of(self._nics())]
+        for nic in self.nics:
+            name, queues = nic.interface.alias or nic.interface.mac, nic.interface.queues or 1
+            doubts += [
+                f"{name}: the configuration does not let the policy ask for {word} ([libvirt] metadata)"
+                for word in nic.refused
+            ]
+            static = nic.wanted.static
+            most = max((*(static.table or ()), static.unclassified_queue or 0))
+            if most >= queues:
+                doubts.append(f"{name}: queue {most} of {queues}, 0 to {queues - 1}: the kernel folds it (modulo)")
+        return tuple(doubts)
+
+    def _nics(self) -> tuple[Interface, ...]:
+        return tuple(nic.interface for nic in self.nics)
+
+    @property
     def mistakes(self) -> tuple[str, ...]:
         """Of the policy."""
         return self.domain.policy.mistakes if self.domain.policy else ()

@@ -38,9 +38,19 @@ class Decision:
 
 
 def decide(
-    tap: Tap, wanted: Wanted, *, version: tuple[int, int] | None, keep_pid: int | None, incoming: bool
+    tap: Tap,
+    wanted: Wanted,
+    *,
+    version: tuple[int, int] | None,
+    keep_pid: int | None,
+    incoming: bool,
+    wrapped: bool = False,
 ) -> Decision:
-    """What to do; ``keep_pid`` is the process of a ``qsteer keep`` that keeps the domain, None for none."""
+    """What to do.
+
+    ``keep_pid`` is the process of a ``qsteer keep`` that keeps the domain, None for none; ``wrapped`` says that the
+    emulator is WRAPPER.
+    """
     if not tap.steerable:
         return Decision(told="one queue, there is nothing to steer")
     if tap.hold:
@@ -49,10 +59,10 @@ def decide(
         return _planned(tap, wanted)
     static = wanted.source is Source.STATIC
     if static and tap.steered_in_software:
-        return _left(None, _why_asked(tap), "a table of the host's changes nothing there")
+        return _left(None, _why_asked(tap, wrapped), "a table of the host's changes nothing there")
     asked = wanted.source is not None and wanted.source.is_asked
     if asked or (not static and tap.nic and tap.nic.rss and not tap.held):
-        return _left(keep_pid, _why_asked(tap), "it takes qsteer keep, which asks the guest")
+        return _left(keep_pid if _can_be_asked(tap) else None, _why_asked(tap, wrapped), _takes(tap))
     if incoming and keep_pid:
         return _left(keep_pid, "QEMU takes any program off when the guest's state has come", "")
     if incoming:
@@ -78,10 +88,23 @@ def _left(keep_pid: int | None, why: str, takes: str) -> Decision:
     return Decision(told=f"{why}: {takes}", fine=False)
 
 
-def _why_asked(tap: Tap) -> str:
+def _can_be_asked(tap: Tap) -> bool:
+    """Whether there is a QMP socket besides libvirt's own monitor, which serves libvirt alone, as does its agent's."""
+    monitor = tap.domain.monitor if tap.domain else None
+    return bool(tap.vm and tap.vm.args and any(path != monitor for path in tap.vm.args.qmp_paths))
+
+
+def _takes(tap: Tap) -> str:
+    if _can_be_asked(tap):
+        return "it takes qsteer keep, which asks the guest"
+    return "it takes a QMP socket of its own, and qsteer keep (see docs/libvirt.md)"
+
+
+def _why_asked(tap: Tap, wrapped: bool) -> str:
     """Why nothing can be done before the guest has been asked."""
     if tap.steered_in_software:
-        return f"the guest is offered RSS, and QEMU, which has no program for it (see {WRAPPER}), steers in software"
+        where = f"the domain's log has why {WRAPPER} gave none" if wrapped else f"see {WRAPPER}"
+        return f"the guest is offered RSS, and QEMU, which has no program for it ({where}), steers in software"
     if tap.nic and tap.nic.rss and not tap.held:
         return "the guest is offered RSS, and this QEMU does not steer (vhost)"
     return "its guest has to be asked"

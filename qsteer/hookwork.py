@@ -107,6 +107,7 @@ class _Work:
             Intent(Settings(), if_absent=not is_start, load=lambda: config),
             version=seen.version if seen else None,
             incoming=domain.incoming and is_start,
+            wrapped=(description.emulator or "").rpartition("/")[2].startswith(WRAPPER),
         )
         if is_start:
             self._refuse_without_tap(domain, config)
@@ -145,6 +146,8 @@ class _Work:
         mistakes = domain.policy.mistakes if domain.policy else ()
         for mistake in mistakes:
             self.say(f"the domain's policy is left out: {mistake}", Priority.WARNING)
+        for nic in domain.policy.about_none_of(domain.interfaces) if domain.policy else ():
+            self.say(f"the domain's policy is about a NIC {nic}, which it does not have", Priority.WARNING)
         wanted = [of_interface(config, domain.name, domain.policy, one)[0] for one in domain.interfaces]
         self._required = any(one.required for one in wanted)
         if self._required:
@@ -172,7 +175,14 @@ class _Work:
         self.say(f"migrates to this host: {told}", Priority.NOTICE if refused else Priority.INFO)
 
     def _steer(
-        self, process: Process, domain: Domain, intent: Intent, *, version: tuple[int, int] | None, incoming: bool
+        self,
+        process: Process,
+        domain: Domain,
+        intent: Intent,
+        *,
+        version: tuple[int, int] | None = None,
+        incoming: bool = False,
+        wrapped: bool = False,
     ) -> list[Decision]:
         """What was done, tap by tap.  Raises QsteerError."""
         keep_pid = others.keep_of((domain.name, domain.uuid))
@@ -182,7 +192,9 @@ class _Work:
             for tap in inventory.of_domain(process, domain):
                 wanted = intent.settings(tap) != Settings() or intent.refused(tap)
                 if wanted or intent.config.libvirt.steer == "all":
-                    decision = hookplan.decide(tap, intent(tap), version=version, keep_pid=keep_pid, incoming=incoming)
+                    decision = hookplan.decide(
+                        tap, intent(tap), version=version, keep_pid=keep_pid, incoming=incoming, wrapped=wrapped
+                    )
                     self._carry_out(tap, decision, intent)
                     decisions.append(decision)
         return decisions
@@ -246,7 +258,7 @@ class _Work:
                     if now.pid != process.pid:
                         return
                     if not domain.incoming:
-                        self._steer(now, domain, intent, version=None, incoming=False)
+                        self._steer(now, domain, intent)
                         return
                     seen = found
             except BusyError:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from qsteer import inventory, programs, render
+from qsteer import inventory, libvirt, programs, render
 from qsteer.errors import QsteerError
 from qsteer.intent import Intent
 from qsteer.keeper import Keeper
@@ -36,7 +36,10 @@ IDLE_SHARE = 1000
 STORM_SHARE = 2
 """Between two looks this many times what a look takes: a guest that makes signals must not keep a core busy."""
 TICK_S = 1.0
-"""How often the shared bodies are looked at, whose end is no change of any tap."""
+"""How often the shared bodies are looked at, whose end is no change of any tap, and whether libvirt wrote something."""
+LIBVIRT_S, LIBVIRT_SHARE = 5.0, 100
+"""Shortest time between two looks at everything because libvirt wrote something (a NIC's name, a policy), and the part
+of a core that they may cost at most."""
 STDOUT = 1
 FAILED_S = 1.0
 """How long to wait when the host cannot be looked at."""
@@ -137,7 +140,8 @@ class _Loop:
         self._look_wanted = True
         self._found: Inventory | None = None
         self._ready = False
-        self._soonest = self._latest = self._alive = self._tick = self._due = 0.0
+        self._soonest = self._latest = self._alive = self._tick = self._due = self._libvirt_due = 0.0
+        self._libvirt = libvirt.changed_at()
         self._bodies: dict[int, tuple[ProgramInfo, bool]] = {}
         self._said = self._failure = ""
 
@@ -159,7 +163,13 @@ class _Loop:
 
     def _go_round(self, signals: Signals) -> None:
         now = time.monotonic()
-        if self._worker.wants_look(now) or now >= self._latest or self._bodies_changed(now):
+        if now >= self._tick:
+            self._tick = now + TICK_S
+            if now >= self._libvirt_due and (changed := libvirt.changed_at()) != self._libvirt:
+                self._libvirt, self._latest = changed, 0.0
+            if self._bodies_changed():
+                self._look_wanted = True
+        if self._worker.wants_look(now) or now >= self._latest:
             self._look_wanted = True
         if self._look_wanted and now >= self._soonest:
             self._look(signals, now)
@@ -175,10 +185,7 @@ class _Loop:
             self._service.alive()
             self._alive = now + self._service.alive_every_s
 
-    def _bodies_changed(self, now: float) -> bool:
-        if now < self._tick:
-            return False
-        self._tick = now + TICK_S
+    def _bodies_changed(self) -> bool:
         return any(_is_there(program) not in (present, None) for program, present in self._bodies.values())
 
     def _look(self, signals: Signals, now: float) -> None:
@@ -211,7 +218,9 @@ class _Loop:
         if self._found and now < self._latest:
             return inventory.fetch_again(self._found)
         found = inventory.fetch()
-        self._latest = now + min(max(LOOK_AGAIN_S, (time.monotonic() - now) * IDLE_SHARE), LOOK_AGAIN_MOST_S)
+        took = time.monotonic() - now
+        self._latest = now + min(max(LOOK_AGAIN_S, took * IDLE_SHARE), LOOK_AGAIN_MOST_S)
+        self._libvirt_due = now + max(LIBVIRT_S, took * LIBVIRT_SHARE)
         return found
 
     def _tell_service(self) -> None:

@@ -164,6 +164,14 @@ def emulator(path: str) -> Emulator | None:
     return Emulator(version=version, looked_at=looked_at)
 
 
+def changed_at() -> int:
+    """Another number each time that the system's daemon writes a status file anew; 0 without a daemon."""
+    try:
+        return os.stat(SYSTEM).st_mtime_ns  # noqa: PTH116
+    except OSError:
+        return 0
+
+
 def status_file(name: str) -> tuple[int, int] | None:
     """Another one each time that libvirt writes the status file of a domain anew; None without one."""
     try:

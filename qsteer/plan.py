@@ -466,7 +466,9 @@ def _refuse_software(tap: Tap, wanted: Wanted) -> None:
     raise UnsupportedError(
         f'the QEMU behind tap "{tap.name}" steers in software (rss=on, vhost=off, no program loaded): '
         "it undoes any other steering",
-        hint="qsteer run starts it with a program; --allow pause, or a guest agent, steers by the guest's own table",
+        hint="<emulator> qsteer-qemu gives it a program; keep steers by the guest's own table: see docs/libvirt.md"
+        if tap.domain
+        else "qsteer run starts it with a program; --allow pause, or a guest agent, steers by the guest's own table",
     )
 
 

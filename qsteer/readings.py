@@ -168,7 +168,8 @@ def _over_qmp(tap: Tap, manner: Manner, ask: Callable[[str, Process], _Answer]) 
     # Who can write a command line can write a thousand paths on it, each of which takes its time.
     paths = tuple(path for path in dict.fromkeys(paths) if path != monitor)[:_PATHS_MAX]
     failure: QsteerError = UnsupportedError(
-        f'the QEMU behind tap "{tap.name}" has no QMP socket to ask', hint="-qmp unix:PATH,server=on,wait=off"
+        f'the QEMU behind tap "{tap.name}" has no QMP socket to ask',
+        hint="-qmp unix:PATH,server=on,wait=off" + (" in <qemu:commandline>: see docs/libvirt.md" if monitor else ""),
     )
     for path in paths:
         try:

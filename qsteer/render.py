@@ -379,7 +379,12 @@ def domain_json(shown: "Shown") -> Json:
 
 def written_text(written: "Sequence[Written]") -> str:
     """What ``libvirt set`` writes, or has written."""
-    return "\n".join(f"{one.xml or 'no policy'}\nin {_where(one)}" for one in written)
+    from qsteer.domainpolicy import NAMESPACE
+
+    def text(xml: str | None) -> str:
+        return xml.replace("<steering", f'<steering xmlns="{NAMESPACE}"', 1) if xml else "no policy"
+
+    return "\n".join(f"{text(one.xml)}\nin {_where(one)}" for one in written)
 
 
 def _where(written: "Written") -> str:

@@ -5,6 +5,7 @@ Pure values; terms and limits are those of the virtio specification (1.2 and lat
 """
 
 import enum
+import math
 from dataclasses import dataclass
 
 from qsteer.errors import UsageError
@@ -123,6 +124,19 @@ def parse_number(what: str, text: str) -> int:
     if not text.isdecimal() or not text.isascii() or len(text) > 5 or int(text) > 0xFFFF:
         raise UsageError(f'{what}: "{text}" is not a whole number from 0 to 65535')
     return int(text)
+
+
+def table_in_words(table: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """The shortest of ``("equal", (N,))``, ``("weight", weights)`` and ``("table", table)`` that makes a table."""
+    queues = max(table) + 1
+    if table == equal_table(queues):
+        return "equal", (queues,)
+    if queues <= TABLE_MAX:
+        counts = tuple(map(table.count, range(queues)))
+        weights = tuple(count // math.gcd(*counts) for count in counts)
+        if table == weighted_table(weights):
+            return "weight", weights
+    return "table", table
 
 
 def equal_table(queues: int, length: int = TABLE_MAX) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from qsteer import config, configtext, settings
 from qsteer.errors import QsteerError, UsageError, from_errno
 from qsteer.model import Source, Tap
-from qsteer.rss import equal_table, format_hash_types, format_key
+from qsteer.rss import format_hash_types, format_key, table_in_words
 from qsteer.settings import AUTO, Settings
 
 MARK = '# Written by "qsteer apply --save", which writes it anew; put what is yours into another file.'
@@ -175,8 +175,8 @@ def lines_of(said: Settings) -> list[str]:
 
 
 def _table(table: tuple[int, ...]) -> str:
-    queues = max(table) + 1
-    return f"equal = {queues}" if table == equal_table(queues) else f"table = {list(table)}"
+    word, numbers = table_in_words(table)
+    return f"{word} = {numbers[0] if word == 'equal' else list(numbers)}"
 
 
 def _array(words: tuple[str, ...]) -> str:

@@ -79,6 +79,9 @@ def apply(given: argparse.Namespace) -> int:
 
     nics = _nics(given)
     answers = _ask(given, intent, nics)
+    asked = [answer.domain for answer in answers.values() if isinstance(answer, Tap)]
+    told = {domain.name: domain.policy.mistakes for domain in asked if domain and domain.policy}
+    _warn(*(f"{name}: the domain's policy is left out: {one}" for name, mistakes in told.items() for one in mistakes))
 
     def make_plan(tap: Tap) -> Plan:
         answer = answers.get(_place(tap), tap)
@@ -298,13 +301,7 @@ def libvirt_show(given: argparse.Namespace) -> int:
     else:
         _print(given, render.domain_text(shown))
     told = [f"the domain's policy is left out: {mistake}" for mistake in shown.mistakes]
-    told += [
-        f"{nic.interface.alias or nic.interface.mac}: the configuration does not let the policy ask for {word}"
-        for nic in shown.nics
-        for word in nic.refused
-    ]
-    for line in told:
-        print(printable(f"qsteer: {line}"), file=sys.stderr)
+    _warn(*told, *shown.doubts)
     return UsageError.exit_code if shown.mistakes else 0
 
 
@@ -316,7 +313,7 @@ def libvirt_set(given: argparse.Namespace) -> int:
     virsh = Virsh(given.domain, given.connect)
     said = replace(options.settings(given), required=given.required)
     if bool(given.clear) == (said != type(said)() or given.engine is not None):
-        raise UsageError("--clear, or what is wanted", hint="qsteer libvirt set DOMAIN --equal 4; see --help")
+        raise UsageError("say what is wanted, or --clear", hint="qsteer libvirt set DOMAIN --equal 4; see --help")
     written = domains.plan_set(virsh, alias=given.nic, mac=given.mac, said=said, engine=given.engine, clear=given.clear)
     if not given.dry_run:
         domains.write(virsh, written)
@@ -325,10 +322,16 @@ def libvirt_set(given: argparse.Namespace) -> int:
     else:
         _print(given, render.written_text(written))
         if any(one.live for one in written) and not given.dry_run:
-            _print(
-                given, f"it counts for qsteer keep, and from the next start on; now: qsteer apply --vm {given.domain}"
-            )
+            now = "what is attached stays: see qsteer off" if given.clear else f"now: qsteer apply --vm {given.domain}"
+            _print(given, f"it counts for qsteer keep, and from the next start on; {now}")
+    if not given.dry_run:
+        _warn(*domains.show(virsh).doubts)
     return 0
+
+
+def _warn(*lines: str) -> None:
+    for line in lines:
+        print(printable(f"qsteer: {line}"), file=sys.stderr)
 
 
 def clean(given: argparse.Namespace) -> int:

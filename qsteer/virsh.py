@@ -70,4 +70,5 @@ def _failure(said: str) -> QsteerError:
     lines = [line.removeprefix("error: ") for line in said.splitlines() if line.strip()]
     told = printable(": ".join(lines[-2:])) or "virsh failed"
     kind = NotFoundError if _NO_DOMAIN in told else QsteerError
-    return kind(told, hint="see --connect" if _NO_DAEMON in told else "")
+    hint = "virsh list --all" if _NO_DOMAIN in told else "see --connect" if _NO_DAEMON in told else ""
+    return kind(told, hint=hint)

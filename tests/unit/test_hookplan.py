@@ -4,6 +4,7 @@
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,13 +13,24 @@ from qsteer.hookplan import Decision, decide
 from qsteer.model import Nic, Source, Tap
 from qsteer.plan import Attach, Static, Wanted
 from qsteer.rss import equal_table
-from tests.unit.taps import FOREIGN, OWN_SHARED, OWN_STATIC, QEMUS, RSS_NIC, RSS_VHOST_NIC, STATIC, held, tap
+from tests.unit import taps
+from tests.unit.taps import FOREIGN, OWN_SHARED, OWN_STATIC, QEMUS, RSS_NIC, RSS_VHOST_NIC, STATIC, held
+
+
+def tap(**what: Any) -> Tap:
+    """The tap of a domain whose QEMU has a QMP socket besides libvirt's."""
+    made = taps.tap(**what)
+    assert made.holder and made.holder.args
+    return replace(made, holder=replace(made.holder, args=replace(made.holder.args, qmp_paths=("/run/web1.qmp",))))
+
 
 PLAIN = tap()
 SOFTWARE = tap(nic=RSS_NIC)
 """QEMU has no program, and moves packets itself."""
 VHOST = tap(nic=RSS_VHOST_NIC)
 UNKNOWN = tap(nic=None)
+CLOSED = taps.tap(nic=RSS_NIC)
+"""Nobody but libvirt can ask QEMU."""
 GIVEN = tap(nic=RSS_NIC, held=held(OWN_SHARED, enabled=False))
 """By qsteer-qemu."""
 PRIVILEGED = tap(nic=RSS_NIC, held=held(QEMUS, enabled=False))
@@ -34,6 +46,8 @@ OLD = "QEMU 7.2 takes the program off when the guest's driver starts"
 IN_SOFTWARE = "the guest is offered RSS, and QEMU, which has no program for it (see qsteer-qemu), steers in software"
 BY_VHOST = "the guest is offered RSS, and this QEMU does not steer (vhost)"
 TAKES_KEEP = "it takes qsteer keep, which asks the guest"
+GAVE_NONE = "the domain's log has why qsteer-qemu gave none"
+TAKES_MORE = "it takes a QMP socket of its own, and qsteer keep (see docs/libvirt.md)"
 FOREIGNS = (
     'not steered: tap "vnet0" is steered by the foreign program 10 ("lb_steer", tag 0011223344556677, loaded by uid 0)'
     " (--replace takes it off)"
@@ -49,6 +63,7 @@ class Case:
     version: tuple[int, int] | None = (10, 0)
     keep_pid: int | None = None
     incoming: bool = False
+    wrapped: bool = False
 
     result: str = ""
     told: str = ""
@@ -98,6 +113,16 @@ CASES = {
     "auto, an unknown NIC": Case(tap=UNKNOWN, result="attached"),
     "auto, another's is in the way": Case(tap=tap(program_id=10, program=FOREIGN), told=FOREIGNS, fine=False),
     "auto, QEMU steers in software": Case(tap=SOFTWARE, told=f"{IN_SOFTWARE}: {TAKES_KEEP}", fine=False),
+    "auto, in software, and nobody can ask": Case(tap=CLOSED, told=f"{IN_SOFTWARE}: {TAKES_MORE}", fine=False),
+    "auto, in software, and keep cannot ask": Case(
+        tap=CLOSED, keep_pid=KEEP, told=f"{IN_SOFTWARE}: {TAKES_MORE}", fine=False
+    ),
+    "auto, in software, the wrapper gave none": Case(
+        tap=SOFTWARE,
+        keep_pid=KEEP,
+        wrapped=True,
+        told=f"{IN_SOFTWARE.replace('see qsteer-qemu', GAVE_NONE)}: {LEFT}",
+    ),
     "auto, in software, with keep": Case(tap=SOFTWARE, keep_pid=KEEP, told=f"{IN_SOFTWARE}: {LEFT}"),
     "auto, RSS with vhost": Case(tap=VHOST, told=f"{BY_VHOST}: {TAKES_KEEP}", fine=False),
     "auto, RSS with vhost, with keep": Case(tap=VHOST, keep_pid=KEEP, told=f"{BY_VHOST}: {LEFT}"),
@@ -156,10 +181,21 @@ CASES = {
 }
 
 
+def decided(case: Case) -> Decision:
+    return decide(
+        case.tap,
+        case.wanted,
+        version=case.version,
+        keep_pid=case.keep_pid,
+        incoming=case.incoming,
+        wrapped=case.wrapped,
+    )
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_done(name: str) -> None:
     case = CASES[name]
-    decision = decide(case.tap, case.wanted, version=case.version, keep_pid=case.keep_pid, incoming=case.incoming)
+    decision = decided(case)
     assert (decision.plan.result if decision.plan else "") == case.result
     assert (decision.fine, decision.follow) == (case.fine, case.follow)
     assert decision.told == case.told
@@ -168,7 +204,7 @@ def test_what_is_done(name: str) -> None:
 def test_what_is_left_to_later_is_left_alone() -> None:
     """Either there is a plan, or somebody is told why there is none."""
     for case in CASES.values():
-        decision = decide(case.tap, case.wanted, version=case.version, keep_pid=case.keep_pid, incoming=case.incoming)
+        decision = decided(case)
         assert decision.plan or decision.told
         assert "\n" not in decision.told
         assert not (decision.follow and decision.plan)

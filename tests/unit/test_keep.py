@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qsteer import config, execute, holds, inventory, keeper, programs, readings, settings
+from qsteer import config, execute, holds, inventory, keeper, libvirt, programs, readings, settings
 from qsteer import keep as daemon
 from qsteer.asking import Askers
 from qsteer.errors import BusyError, ConflictError, NotFoundError, PermissionDeniedError, QsteerError
@@ -1007,10 +1007,14 @@ def test_contents_that_say_nothing_are_not_remembered() -> None:
 
 
 class Script:
-    """Signals by a script: each entry is what wait() returns, after what it does to the host."""
+    """Signals by a script: each entry is what wait() returns, after what it does to the host.
 
-    def __init__(self, *entries: Wake | Callable[[], Wake]) -> None:
+    What is due in a moment is waited for, as it really is: a look that took its time puts off the next one.
+    """
+
+    def __init__(self, *entries: Wake | Callable[[], Wake], moment_s: float = 0.01) -> None:
         self.entries = list(entries)
+        self._moment_s = moment_s
         self.deadlines: list[float] = []
         self.watched: list[tuple[object, object, object]] = []
         self.acts = 0
@@ -1031,7 +1035,11 @@ class Script:
         self.acts += 1
 
     def wait(self, deadline: float) -> Wake:
-        self.deadlines.append(deadline - time.monotonic())
+        left = deadline - time.monotonic()
+        if 0 < left < self._moment_s:
+            time.sleep(left)
+            return Wake.DEADLINE
+        self.deadlines.append(left)
         entry = self.entries.pop(0)
         return entry if isinstance(entry, Wake) else entry()
 
@@ -1242,7 +1250,7 @@ def test_a_storm_of_signals_does_not_keep_a_core_busy(host: Host, monkeypatch: p
         return host.inventory()
 
     monkeypatch.setattr(inventory, "fetch", look_slowly)
-    script = Script(*[Wake.CHANGED] * 50, Wake.STOP)
+    script = Script(*[Wake.CHANGED] * 50, Wake.STOP, moment_s=0.0)
     monkeypatch.setattr(daemon, "Signals", script)
     assert daemon.main_monitor(Selection()) == 0
     assert len(looks) <= 2
@@ -1330,3 +1338,28 @@ def test_a_journal_gets_priorities(monkeypatch: pytest.MonkeyPatch) -> None:
     Journal("keep", fd=writer).say("to nobody")
     os.close(writer)
     Journal("keep", fd=writer).say("to nobody at all")
+
+
+def test_what_libvirt_writes_is_seen_at_the_next_tick(
+    host: Host, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A policy that changes is no change of any tap: libvirt's directory tells of it, and everything is looked at."""
+    written = [1]
+    looks = []
+
+    def look() -> Inventory:
+        looks.append(written[0])
+        return host.inventory()
+
+    def write() -> Wake:
+        written[0] += 1
+        return Wake.DEADLINE
+
+    monkeypatch.setattr(daemon, "TICK_S", 0.0)
+    monkeypatch.setattr(daemon, "LIBVIRT_S", 0.0)
+    monkeypatch.setattr(daemon, "LIBVIRT_SHARE", 0)
+    monkeypatch.setattr(libvirt, "changed_at", lambda: written[0])
+    monkeypatch.setattr(inventory, "fetch", look)
+    monkeypatch.setattr(inventory, "fetch_again", lambda before: host.inventory())
+    run_keep(monkeypatch, Script(Wake.CHANGED, Wake.DEADLINE, write, Wake.DEADLINE, Wake.DEADLINE, Wake.STOP))
+    assert looks == [1, 2]
