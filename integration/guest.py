@@ -12,6 +12,7 @@ QEMU must not outlive us.  The kernel forgets a parent-death signal when a proce
 small watcher holds QEMU's pidfd and the reading end of a pipe, and kills when the pipe ends, however we did.
 """
 
+import abc
 import contextlib
 import os
 import pwd
@@ -63,7 +64,7 @@ def as_user(user: str) -> tuple[str, ...]:
     return ("setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--clear-groups", "--inh-caps=-all", "--")
 
 
-class Console:
+class Console(abc.ABC):
     """The commands of a guest that was started somehow, over its second serial port, which connects to ``control``.
 
     Files of the guest, logs among them, are in ``folder``, which is the user's that QEMU runs as.
@@ -100,9 +101,9 @@ class Console:
         else:
             print(f"guest {self.name}: logs kept in {self.folder}", file=sys.stderr)
 
+    @abc.abstractmethod
     def _ended(self) -> str:
         """How QEMU ended, "" while it runs."""
-        raise NotImplementedError
 
     def wait_ready(self, timeout_s: float = BOOT_TIMEOUT_S) -> None:
         """Until the guest takes commands."""
