@@ -72,7 +72,7 @@ def not_roots() -> Path | None:
     code = Path(qsteer.__file__).parent
     for path in (hook(), hook().parent, Path(sys.executable), code, code / "hookwork.py"):
         about = path.stat()
-        if about.st_uid or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if about.st_uid or about.st_mode & stat.S_IWOTH or (about.st_gid and about.st_mode & stat.S_IWGRP):
             return path
     return None
 

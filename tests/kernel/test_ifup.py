@@ -78,7 +78,7 @@ def call(
     version: str = "(10, 0)",
 ) -> subprocess.CompletedProcess[str]:
     """Run the script as the child of a QEMU of that version; ``before`` is Python that is run first."""
-    first = f"ifup._version = lambda asked: {version}; {before}" if version else before
+    first = f"ifup.others.version = lambda asked: {version}; {before}" if version else before
     command = [*between, *prefix, sys.executable, "-c", _CODE.format(what=what, before=first), *options, name]
     done = subprocess.run(
         [argv0, "-c", _STAND_IN, "-name", "qsifvm", "-netdev", netdev, "-device", f"virtio-net-pci,netdev=net0,{nic}"],
