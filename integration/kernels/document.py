@@ -149,7 +149,7 @@ def libvirt(rows: dict[str, Any]) -> str:
         result = f"{row['result']} ({flows - wrong} of {flows})" if flows else row["result"]
         queues = "; ".join(" ".join(str(queue["counted"]) for queue in one["queues"]) for one in verdicts) or "-"
         said = "; ".join(_ID.sub("N", line) for line in row.get("said", ()) if line.startswith("qsteer-qemu")) or "-"
-        lines.append((row["qemu"], row["set_up"], result, row.get("source", "-"), queues, said))
+        lines.append((row.get("version", row["qemu"]), row["set_up"], result, row.get("source", "-"), queues, said))
     return _markdown(lines)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,8 +67,8 @@ EXPECTED = {
 class Show:
     """The set-ups with one QEMU."""
 
-    def __init__(self, libvirtd: Libvirtd, journal: Journal, files: Provisioned, name: str) -> None:
-        self._libvirtd, self._journal, self._files, self._name = libvirtd, journal, files, name
+    def __init__(self, libvirtd: Libvirtd, journal: Journal, files: Provisioned, name: str, qemu: Path) -> None:
+        self._libvirtd, self._journal, self._files, self._name, self._qemu = libvirtd, journal, files, name, qemu
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One for each set-up.  Raises GuestError."""
@@ -112,7 +113,8 @@ class Show:
             return row | {"said": said, "events": len(kept.events)}
 
     def _domain(self, what: str, nic: Nic, **options: Any) -> Domain:
-        return Domain(self._libvirtd, self._files, name=f"qskl-{self._name}-{what}", nics=[nic], **options)
+        name = f"qskl-{self._name}-{what}"
+        return Domain(self._libvirtd, self._files, name=name, nics=[nic], **{"emulator": self._qemu, **options})
 
     def _measured(self, domain: Domain, wanted: Sequence[str | RssConfig]) -> dict[str, Any]:
         """Every flow for each configuration: the guest sets those that are in words, and gets what it asks for."""
@@ -125,11 +127,13 @@ class Show:
                     _wait_attached(one)
             sighting = follow(domain, TAP, self._files.flowrx, queues=QUEUES, flows=FLOWS)
             verdicts.append(verify(sighting, one, queues=QUEUES))
+        version = re.search(r"qemu version: ([0-9.]+)", domain.log())
         wrong = sum(one.mismatches + one.host_mismatches + one.lost for one in verdicts)
         return {
             "result": "no" if wrong else "yes",
             "verdicts": [dataclasses.asdict(one) for one in verdicts],
             "source": str(_source()),
+            "version": version[1] if version else "unknown",
         }
 
 
@@ -184,7 +188,7 @@ def main(arguments: Sequence[str]) -> int:
                 real = Path("/etc/qsteer/qemu/qemu-system-x86_64")
                 real.unlink(missing_ok=True)
                 real.symlink_to(qemu)
-                for row in Show(libvirtd, journal, files, name).rows():
+                for row in Show(libvirtd, journal, files, name, qemu).rows():
                     rows.write(json.dumps(row) + "\n")
                     rows.flush()
                     if row["result"] != EXPECTED[name, row["set_up"]]:
