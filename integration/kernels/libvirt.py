@@ -175,6 +175,8 @@ def main(arguments: Sequence[str]) -> int:
         os.environ["QSTEER_CONFIG"] = "/etc/qsteer"
         shutil.rmtree("/etc/qsteer", ignore_errors=True)
         Path("/etc/qsteer/qemu").mkdir(parents=True)
+        for folder in ("/etc/qsteer", "/etc/qsteer/qemu"):
+            Path(folder).chmod(0o755)  # whatever the umask: what others may write is passed over
         Path("/etc/qsteer/qsteer.toml").write_text(f'[[serve.allow]]\nuser = "{USER}"\n')
         shutil.copy(BUILD / "qsteer-qemu", WRAPPER)
         hook = Path("/var/lib/libvirt/hook")
