@@ -72,7 +72,7 @@ help: ## list the targets
 	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	echo
 	echo "Variables: PYTHON ($(PYTHON)), PREFIX ($(PREFIX)), DESTDIR; PYTEST_ARGS for test, BENCH_ARGS for bench,"
-	echo "KERNELS_ARGS for test-kernels (tests rights guests vhost libvirt, --kernel 6.1, --qemu 10.0, --save);"
+	echo "KERNELS_ARGS for test-kernels (tests rights guests vhost, --kernel 6.1, --qemu 10.0, --save);"
 	echo "QSTEER_STRICT=1 makes a skipped test a failed one; YES=1 lets the demo, the bench and the tests fetch what the"
 	echo "distribution lacks without asking; QSTEER_ACCEL=kvm makes their guests faster where KVM works (tcg)."
 
@@ -91,8 +91,8 @@ test-qemus: build ## what depends on the QEMU, with QEMU 7.2, 10.0 and 11.1 (fet
 test-kernels: build ## everything that depends on the kernel, on Linux 6.1, 6.12 and Debian unstable's (fetches them; an hour or two)
 	$(call as_root,$(VENV)/bin/python -m integration.kernels $(KERNELS_ARGS))
 
-test-vhost: build ## RSS with vhost=on, QEMU 10.0 and 11.1, libvirt too, in guests of a guest of Linux 6.12 (slow)
-	$(call as_root,$(VENV)/bin/python -m integration.kernels vhost libvirt $(KERNELS_ARGS))
+test-vhost: build ## RSS with vhost=on, QEMU 10.0 and 11.1, in guests of a guest of Linux 6.12 (slow)
+	$(call as_root,$(VENV)/bin/python -m integration.kernels vhost $(KERNELS_ARGS))
 
 fuzz: build ## 500,000 hostile inputs for the C programs (under ASan), the service and the QMP client (4 minutes)
 	$(call as_root,$(SHELL) -ec 'for what in "bridge_helper --fuzz" qemu_fuzz serve_fuzz "plugged --fuzz"; do \

@@ -184,16 +184,14 @@ class Nic:
     tap: str = ""
     queues: int = 4
     rss: bool | None = False
-    vhost: bool = False
 
     def xml(self) -> str:
         """The interface element."""
-        name = "vhost" if self.vhost else "qemu"
         rss = "" if self.rss is None else f" rss='{'on' if self.rss else 'off'}'"
         target = f"<target dev='{self.tap}'/>" if self.tap else ""
         return (
             f"<interface type='ethernet'><mac address='{self.mac}'/>{target}<model type='virtio'/>"
-            f"<driver name='{name}' queues='{self.queues}'{rss}/><rom enabled='no'/></interface>"
+            f"<driver name='qemu' queues='{self.queues}'{rss}/><rom enabled='no'/></interface>"
         )
 
 

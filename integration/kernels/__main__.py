@@ -21,16 +21,14 @@ from integration.kernels import boot, document, record
 from integration.kernels.guests import QEMUS
 from integration.kernels.parts import ENVIRONMENT, PARTS
 from integration.kernels.table import KERNELS, Kernel
-from integration.libvirt_host import provision_libvirt
 from integration.provision import BUILD
 
 SHARED = BUILD / "kernels" / "shared"
 TIMEOUT_S = 5400.0
 VHOST_KERNEL = "6.12"
 VHOST_QEMUS = ("10.0", "11.1")
-PART_NAMES = ("tests", "rights", "guests", "vhost", "libvirt")
-WITH_GUESTS = frozenset(("guests", "vhost", "libvirt"))
-WITH_VHOST = frozenset(("vhost", "libvirt"))
+PART_NAMES = ("tests", "rights", "guests", "vhost")
+WITH_GUESTS = frozenset(("guests", "vhost"))
 
 
 class FailedError(Exception):
@@ -73,14 +71,13 @@ class Run:
 
     def vhost(self, kernel: Kernel) -> None:
         """What a guest's RSS comes to with vhost=on.  Raises FailedError, ProvisionError."""
-        self._inside(kernel, "vhost", "vhost", lambda row: str(row["qemu"]), self._vhost_qemus())
-
-    def libvirt(self, kernel: Kernel) -> None:
-        """libvirt's domains with vhost=on.  Raises FailedError, ProvisionError."""
-        self._inside(kernel, "libvirt", "libvirt", lambda row: f"{row['qemu']} {row['set_up']}", self._vhost_qemus())
-
-    def _vhost_qemus(self) -> tuple[str, ...]:
-        return tuple(name for name in VHOST_QEMUS if name in (self._options.qemu or VHOST_QEMUS))
+        self._inside(
+            kernel,
+            "vhost",
+            "vhost",
+            lambda row: str(row["qemu"]),
+            [name for name in VHOST_QEMUS if name in (self._options.qemu or VHOST_QEMUS)],
+        )
 
     def rights(self, kernel: Kernel) -> None:
         """Which capability each verb needs.  Raises FailedError, ProvisionError."""
@@ -125,11 +122,9 @@ def main() -> int:
             with_agent(provision.provision())
             for name in options.qemu or QEMUS:
                 QEMUS[name]()
-        if "libvirt" in parts:
-            provision_libvirt()
         for kernel in (kernel for kernel in KERNELS if kernel.name in (options.kernel or kernel.name)):
             for part in parts:
-                if part in WITH_VHOST and kernel.name != VHOST_KERNEL:
+                if part == "vhost" and kernel.name != VHOST_KERNEL:
                     continue
                 began = time.monotonic()
                 print(f"kernels: {part} on Linux {boot.unpacked(kernel).release}", flush=True)

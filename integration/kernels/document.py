@@ -24,7 +24,6 @@ def tables(data: Data) -> dict[str, str]:
         "kernels": kernels(data["kernels"]),
         "guests": guests(data["kernels"], data["cells"]),
         "vhost": vhost(data["vhost"]),
-        "libvirt": libvirt(data["libvirt"]),
         "rights": rights(data["rights"]),
         "settings": settings(data["rights"]),
     }
@@ -135,22 +134,6 @@ def vhost(rows: dict[str, Any]) -> str:
                 f"{told['ratio']} ({low} to {high}, the quartiles of {told['rounds']} pairs by turns)."
             )
     return "\n".join([_markdown(lines), "", *words])
-
-
-def libvirt(rows: dict[str, Any]) -> str:
-    """A row for each QEMU and set-up."""
-    lines: list[Sequence[str]] = [
-        ("QEMU", "set-up", "every flow right", "source", "flows per queue", "the wrapper said")
-    ]
-    for _, row in sorted(rows.items(), key=lambda item: [int(part) for part in item[1]["qemu"].split(".")]):
-        verdicts = row.get("verdicts", ())
-        wrong = sum(one["mismatches"] + one["lost"] for one in verdicts)
-        flows = sum(one["flows"] for one in verdicts)
-        result = f"{row['result']} ({flows - wrong} of {flows})" if flows else row["result"]
-        queues = "; ".join(" ".join(str(queue["counted"]) for queue in one["queues"]) for one in verdicts) or "-"
-        said = "; ".join(_ID.sub("N", line) for line in row.get("said", ()) if line.startswith("qsteer-qemu")) or "-"
-        lines.append((row.get("version", row["qemu"]), row["set_up"], result, row.get("source", "-"), queues, said))
-    return _markdown(lines)
 
 
 def rights(rows: dict[str, Any]) -> str:

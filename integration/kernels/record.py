@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """What was measured on which kernel: build/kernels/results.json has this checkout's runs, docs/support.json the record.
 
-Both are JSON objects of the same form: ``kernels`` by name, ``cells`` by "KERNEL QEMU VHOST SOURCE", ``vhost`` by QEMU,
-``libvirt`` by "QEMU SET-UP", and ``rights`` by kernel.  A run replaces what it measured anew, and leaves the rest.
+Both are JSON objects of the same form: ``kernels`` by name, ``cells`` by "KERNEL QEMU VHOST SOURCE", ``vhost`` by QEMU
+and ``rights`` by kernel.  A run replaces what it measured anew, and leaves the rest.
 """
 
 import datetime
@@ -22,7 +22,7 @@ RESULTS = BUILD / "kernels" / "results.json"
 RECORD = CHECKOUT / "docs" / "support.json"
 
 Data = dict[str, dict[str, Any]]
-SECTIONS = ("kernels", "cells", "vhost", "libvirt", "rights")
+SECTIONS = ("kernels", "cells", "vhost", "rights")
 
 
 def empty() -> Data:
