@@ -50,6 +50,7 @@
 #include "bridge_acl.h"
 #include "bridge_args.h"
 #include "refusal.h"
+#include "send_fd.h"
 
 #ifndef QS_ACL
 #define QS_ACL "/etc/qemu/bridge.conf"
@@ -282,24 +283,7 @@ static int qs_tap_on(int control, const struct qs_bridge_args *args, struct qs_r
 
 static int qs_send(int socket, int fd, struct qs_refusal *refusal)
 {
-	char byte = 0;
-	struct iovec text = { .iov_base = &byte, .iov_len = 1 };
-	union {
-		struct cmsghdr header;
-		char bytes[CMSG_SPACE(sizeof(fd))];
-	} control = { 0 };
-	struct msghdr message = {
-		.msg_iov = &text,
-		.msg_iovlen = 1,
-		.msg_control = &control,
-		.msg_controllen = sizeof(control.bytes),
-	};
-
-	control.header.cmsg_level = SOL_SOCKET;
-	control.header.cmsg_type = SCM_RIGHTS;
-	control.header.cmsg_len = CMSG_LEN(sizeof(fd));
-	memcpy(CMSG_DATA(&control.header), &fd, sizeof(fd));
-	if (sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT) != 1)
+	if (qs_send_fd(socket, fd, MSG_DONTWAIT) != 1)
 		return qs_refuse(refusal, "cannot send the tap over fd %d: %s", socket,
 				 strerror(errno));
 	return 0;

@@ -21,6 +21,7 @@
 #include "auto.h"
 #include "deadline.h"
 #include "json.h"
+#include "send_fd.h"
 
 static const char request[] = "{\"version\":1,\"request\":\"program\"}";
 #define QS_REQUEST_LENGTH (sizeof(request) - 1)
@@ -81,28 +82,13 @@ static int qs_sent(ssize_t result, struct qs_refusal *refusal)
 static int qs_send_request(int socket, int queue_fd, struct qs_refusal *refusal)
 {
 	uint32_t length = htonl(QS_REQUEST_LENGTH);
-	char frame[sizeof(length) + QS_REQUEST_LENGTH], byte = 0;
-	struct iovec text = { .iov_base = &byte, .iov_len = 1 };
-	union {
-		struct cmsghdr header;
-		char bytes[CMSG_SPACE(sizeof(queue_fd))];
-	} control = { 0 };
-	struct msghdr message = {
-		.msg_iov = &text,
-		.msg_iovlen = 1,
-		.msg_control = &control,
-		.msg_controllen = sizeof(control.bytes),
-	};
+	char frame[sizeof(length) + QS_REQUEST_LENGTH];
 
 	memcpy(frame, &length, sizeof(length));
 	memcpy(frame + sizeof(length), request, QS_REQUEST_LENGTH);
-	control.header.cmsg_level = SOL_SOCKET;
-	control.header.cmsg_type = SCM_RIGHTS;
-	control.header.cmsg_len = CMSG_LEN(sizeof(queue_fd));
-	memcpy(CMSG_DATA(&control.header), &queue_fd, sizeof(queue_fd));
 	if (qs_sent(send(socket, frame, sizeof(frame), MSG_NOSIGNAL), refusal))
 		return -1;
-	return qs_sent(sendmsg(socket, &message, MSG_NOSIGNAL), refusal);
+	return qs_sent(qs_send_fd(socket, queue_fd, 0), refusal);
 }
 
 static int qs_receive(int socket, char *bytes, size_t length, long long deadline,

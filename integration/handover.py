@@ -5,40 +5,24 @@ Looked at every few milliseconds: what is attached to the new QEMU's tap, by the
 runs, by libvirt's status file.
 """
 
-import threading
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from integration.timeline import STEP_S
+from integration.timeline import Looking
 from qsteer import kernel
 from tests.kernel import support
 
 
-class Handover:
-    """A context manager.
-
-    ``tap`` begins the name of the new QEMU's tap, ``old`` is the pid of the one before, ``status`` the new one's file.
-    """
+class Handover(Looking):
+    """``tap`` begins the name of the new QEMU's tap, ``old`` is the pid of the one before, ``status`` the new file."""
 
     def __init__(self, tap: str, old: int, status: Path) -> None:
+        super().__init__(self._sample)
         self._tap, self._old, self._status = tap, old, status
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._before = time.monotonic()
         self.ran_at: float | None = None
         self.steered_at: float | None = None
         self.unsteered_s = 0.0
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
 
     def wait_steered(self) -> float:
         """Until the guest runs and is steered; for how many milliseconds it ran and was not."""
@@ -46,18 +30,15 @@ class Handover:
         return self.unsteered_s * 1000
 
     def _sample(self) -> None:
-        before = time.monotonic()
-        while not self._ended.is_set():
-            queues = [one for one in kernel.open_queues() if one.tap.startswith(self._tap) and one.pid != self._old]
-            now = time.monotonic()
-            if queues:
-                program = queues[0].program_id
-                self.ran_at = self.ran_at or (now if self._runs() else None)
-                self.steered_at = (self.steered_at or now) if program else None
-                if self.ran_at and not program:
-                    self.unsteered_s += now - max(before, self.ran_at)
-            before = now
-            time.sleep(STEP_S)
+        queues = [one for one in kernel.open_queues() if one.tap.startswith(self._tap) and one.pid != self._old]
+        now = time.monotonic()
+        if queues:
+            program = queues[0].program_id
+            self.ran_at = self.ran_at or (now if self._runs() else None)
+            self.steered_at = (self.steered_at or now) if program else None
+            if self.ran_at and not program:
+                self.unsteered_s += now - max(self._before, self.ran_at)
+        self._before = now
 
     def _runs(self) -> bool:
         try:

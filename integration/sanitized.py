@@ -19,7 +19,7 @@ class FuzzError(Exception):
 
 def program(name: str, sources: Sequence[Path], libraries: Sequence[str] = ()) -> Path:
     """A program, named after what it is made of.  Raises ProvisionError."""
-    inputs = (*sources, *sorted(C.glob("*.h")))
+    inputs = (*sources, *sorted(C.glob("*.h")), *sorted((CHECKOUT / "tests").glob("*.h")))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()
     binary = BUILD / f"{name}-{digest[:12]}"
     if not binary.exists():

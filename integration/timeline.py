@@ -3,6 +3,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -23,18 +24,16 @@ class Moment:
     active: int
 
 
-class Sampler:
-    """The timeline of a tap of a process, as the kernel has it, looked at every STEP_S."""
+class Looking:
+    """A context manager that calls ``look`` every STEP_S, in a thread of its own."""
 
-    def __init__(self, pid: int, tap: str) -> None:
-        self._pid, self._tap = pid, tap
-        self.moments: list[Moment] = []
+    def __init__(self, look: Callable[[], None]) -> None:
+        self._look = look
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
-        support.wait_until("the tap is there", lambda: self.moments)
         return self
 
     def __exit__(
@@ -43,16 +42,32 @@ class Sampler:
         self._ended.set()
         self._thread.join()
 
+    def _run(self) -> None:
+        while not self._ended.wait(STEP_S):
+            self._look()
+
+
+class Sampler(Looking):
+    """The timeline of a tap of a process, as the kernel has it."""
+
+    def __init__(self, pid: int, tap: str) -> None:
+        super().__init__(self._sample)
+        self._pid, self._tap = pid, tap
+        self.moments: list[Moment] = []
+        self._last: tuple[int, int, int] | None = None
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        support.wait_until("the tap is there", lambda: self.moments)
+        return self
+
     def _sample(self) -> None:
-        last: tuple[int, int, int] | None = None
-        while not self._ended.is_set():
-            queues = [queue for queue in kernel.open_queues(self._pid) if queue.tap == self._tap]
-            if queues:
-                now = (queues[0].program_id, queues[0].attachment, queues[0].active)
-                if now != last:
-                    self.moments.append(Moment(at=time.monotonic(), program=now[0], attachment=now[1], active=now[2]))
-                    last = now
-            time.sleep(STEP_S)
+        queues = [queue for queue in kernel.open_queues(self._pid) if queue.tap == self._tap]
+        if queues:
+            now = (queues[0].program_id, queues[0].attachment, queues[0].active)
+            if now != self._last:
+                self.moments.append(Moment(at=time.monotonic(), program=now[0], attachment=now[1], active=now[2]))
+                self._last = now
 
     @property
     def now(self) -> Moment:

@@ -26,6 +26,7 @@ import select
 import stat
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from qsteer import execute, holds, hookplan, inventory, libvirt, others, procs
 from qsteer.config import ConfigError, load
@@ -75,7 +76,7 @@ class _Work:
         self._tell_required, self._refuse = required, refuse
         self._journal = SystemJournal(NAME, QSTEER_DOMAIN=printable(name))
         self._required = False
-        self._wrapper: tuple[str, Process] | None = None
+        self._wrapper: str | None = None
         self._to_follow: tuple[Process, Config] | None = None
 
     def told(self, act: Callable[[], None], what: str) -> None:
@@ -117,13 +118,13 @@ class _Work:
             if any(decision.follow for decision in decisions):
                 self._to_follow = process, config
             if seen and description.emulator and _is_newer(process, seen.looked_at):
-                self._wrapper = description.emulator, process
+                self._wrapper = description.emulator
 
     def afterwards(self) -> None:
         """What nobody waits for.  Raises QsteerError."""
         self._required = False  # it has started
         if self._wrapper:
-            self._mark_wrapper(self._wrapper[0])
+            self._mark_wrapper(self._wrapper)
         if self._to_follow:
             self._until_it_runs(*self._to_follow)
 
@@ -289,6 +290,6 @@ def _is_newer(process: Process, looked_at: float) -> bool:
     """Whether the program that runs, or a link by which the wrapper chooses one, was put there after libvirt looked."""
     for path in (f"/proc/{process.pid}/exe", _CHOICES):
         with contextlib.suppress(OSError):
-            if os.stat(path).st_ctime > looked_at:  # noqa: PTH116
+            if Path(path).stat().st_ctime > looked_at:
                 return True
     return False

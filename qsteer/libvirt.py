@@ -167,7 +167,7 @@ def emulator(path: str) -> Emulator | None:
 def changed_at() -> int:
     """Another number each time that the system's daemon writes a status file anew; 0 without a daemon."""
     try:
-        return os.stat(SYSTEM).st_mtime_ns  # noqa: PTH116
+        return SYSTEM.stat().st_mtime_ns
     except OSError:
         return 0
 
@@ -175,7 +175,7 @@ def changed_at() -> int:
 def status_file(name: str) -> tuple[int, int] | None:
     """Another one each time that libvirt writes the status file of a domain anew; None without one."""
     try:
-        found = os.lstat(SYSTEM / f"{name}.xml")
+        found = (SYSTEM / f"{name}.xml").lstat()
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns

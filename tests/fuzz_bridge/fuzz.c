@@ -15,35 +15,16 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "../fuzz.h"
 #include "bridge_acl.h"
 #include "bridge_args.h"
 
-#define COUNT(array) (sizeof(array) / sizeof(*(array)))
-#define PICK(array) ((array)[draw(COUNT(array))])
-
-static unsigned long long state;
 static const char *folder;
 
 struct text {
 	char bytes[1 << 16];
 	size_t length;
 };
-
-static size_t draw(size_t limit)
-{
-	state ^= state << 13;
-	state ^= state >> 7;
-	state ^= state << 17;
-	return (state >> 11) % limit;
-}
-
-static void check(int holds, const char *what)
-{
-	if (holds)
-		return;
-	fprintf(stderr, "wrong answer: %s\n", what);
-	abort();
-}
 
 static void append(struct text *text, const char *bytes, size_t length)
 {

@@ -12,30 +12,11 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "../fuzz.h"
 #include "json.h"
 #include "qemu_nics.h"
 
-#define COUNT(array) (sizeof(array) / sizeof(*(array)))
-#define PICK(array) ((array)[draw(COUNT(array))])
 #define WORDS_MAX 16
-
-static unsigned long long state;
-
-static size_t draw(size_t limit)
-{
-	state ^= state << 13;
-	state ^= state >> 7;
-	state ^= state << 17;
-	return (state >> 11) % limit;
-}
-
-static void check(int holds, const char *what)
-{
-	if (holds)
-		return;
-	fprintf(stderr, "wrong answer: %s\n", what);
-	abort();
-}
 
 /* Members of objects; the first of each list is what a NIC that gets a program has. */
 static const char *const drivers[] = { "\"virtio-net-pci\"",
