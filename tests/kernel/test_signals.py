@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from qsteer import holds, kernel, signals
+from qsteer import holds, inventory, kernel, signals
 from qsteer.errors import QsteerError
 from qsteer.hints import BpfEvents, Uevents
 from qsteer.signals import Signals, Wake
@@ -742,11 +742,18 @@ def many_taps(count: int) -> Iterator[None]:
 
 
 def test_idle_with_a_thousand_taps(namespace: str) -> None:
-    """Less than 1 % of a core, and one more is seen within a second."""
+    """An interval takes a fortieth of what one look at all of it takes, and one more is seen within a second.
+
+    That is 1 % of a core where the look takes 0.32 s, and more only where all is slower.
+    """
     with Signals(interval_s=INTERVAL_S) as watching, many_taps(1000):
         watching.watch(programs=(), pids=[os.getpid()], netns_pids=[os.getpid()])
         settle(watching)
-        assert least_share_of_a_core(watching, below=0.01, seconds=2.5) < 0.01
+        spent = time.process_time()
+        assert len(inventory.fetch().taps) == 1000
+        limit = (time.process_time() - spent) / 40 / INTERVAL_S
+        print(f"at most {limit:.2%} of a core")
+        assert least_share_of_a_core(watching, below=limit, seconds=2.5) < limit
         started = time.monotonic()
         with support.tap("qssi-one-more", 2):
             assert watching.wait(started + WAIT_S) is Wake.CHANGED

@@ -129,6 +129,15 @@ def test_a_qemu_that_talks_nonsense(tmp_path: Path, prelude: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("left", ["{'return': {}}", "{'event': 'STOP', 'data': {}}", "{'error': {}, 'id': 'x'}"])
+def test_what_a_lost_client_was_to_be_told(tmp_path: Path, left: str) -> None:
+    """It may come before the greeting, and is no answer to us; so much of it is no QEMU's."""
+    assert qmp.probe(fake_qemu(tmp_path, f"say({left}); say({left})"), drivers=()).version == (10, 0, 2)
+    flood = f"[say({left}) for _ in range({qmpclient._LEFTOVERS_MAX + 1})]"
+    with pytest.raises(UnsupportedError, match="does not run as QEMU"):
+        qmp.probe(fake_qemu(tmp_path, flood), drivers=())
+
+
 def test_a_qemu_that_says_nothing_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qmp, "PROBE_TIMEOUT_S", 0.3)
     pids = tmp_path / "pids"
