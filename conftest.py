@@ -6,6 +6,7 @@ has then run everything.
 """
 
 import os
+import signal
 from collections.abc import Generator
 from typing import TypeVar
 
@@ -13,6 +14,9 @@ import pytest
 
 # The machine's own configuration must not decide how a test ends.
 os.environ.setdefault("QSTEER_CONFIG", "/nonexistent")
+
+# A shell gives what it runs in the background SIGINT ignored, and some tests are about it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 STRICT = os.environ.get("QSTEER_STRICT", "0") not in ("", "0")
 

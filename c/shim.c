@@ -698,8 +698,8 @@ int qs_program_run(int prog_fd, const void *packet, __u32 len, __u32 repeat, __u
 
 /* What is attached */
 
-/* One run of an iterator, over one process or (pid 0) all; records go to *queues if that is given. */
-static int qs_iterate(struct bpf_program *prog, pid_t pid, struct qs_queue **queues, size_t *count)
+/* One run of an iterator, over one process or (pid 0) all; records go to *records if that is given. */
+static int qs_iterate(struct bpf_program *prog, pid_t pid, void **records, size_t *size)
 {
 	union bpf_iter_link_info info = { .task.pid = pid };
 	LIBBPF_OPTS(bpf_iter_attach_opts, opts, .link_info = &info, .link_info_len = sizeof(info));
@@ -737,12 +737,12 @@ static int qs_iterate(struct bpf_program *prog, pid_t pid, struct qs_queue **que
 			break;
 		used += n;
 	}
-	if (err || !queues) {
+	if (err || !records) {
 		free(bytes);
 		return err;
 	}
-	*queues = (struct qs_queue *)bytes;
-	*count = used / sizeof(struct qs_queue);
+	*records = bytes;
+	*size = used;
 	return 0;
 }
 
@@ -802,22 +802,38 @@ void qs_tun_iter_close(struct qs_tun_iter *iter)
 	free(iter);
 }
 
-int qs_tun_iter_read(struct qs_tun_iter *iter, int pid, struct qs_queue **queues, size_t *count)
+int qs_tun_iter_read(struct qs_tun_iter *iter, int pid, void **records, size_t *size)
 {
-	return qs_iterate(iter->files, pid, queues, count);
+	return qs_iterate(iter->files, pid, records, size);
+}
+
+static int qs_tun_state_of(struct qs_tun_iter *iter, struct qs_tun_state *state)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(iter->state_fd, &zero, state);
+}
+
+int qs_tun_tells_vnet_hash(struct qs_tun_iter *iter, int *tells)
+{
+	struct qs_tun_state state;
+	int err = qs_tun_state_of(iter, &state);
+
+	if (!err)
+		*tells = state.tells_vnet_hash;
+	return err;
 }
 
 int qs_tun_digest_devices(struct qs_tun_iter *iter, uint64_t *digest)
 {
 	LIBBPF_OPTS(bpf_test_run_opts, opts);
 	struct qs_tun_state state;
-	__u32 zero = 0;
 	int err;
 
 	if (!iter->devices)
 		return -EINVAL;
 	if ((err = bpf_prog_test_run_opts(bpf_program__fd(iter->devices), &opts)) ||
-	    (err = bpf_map_lookup_elem(iter->state_fd, &zero, &state)))
+	    (err = qs_tun_state_of(iter, &state)))
 		return err;
 	*digest = state.digest;
 	return 0;
@@ -831,12 +847,11 @@ int qs_tun_digest_holders(struct qs_tun_iter *iter, uint64_t *digest)
 
 	if (!iter->devices)
 		return -EINVAL;
-	if ((err = bpf_map_lookup_elem(iter->state_fd, &zero, &state)))
+	if ((err = qs_tun_state_of(iter, &state)))
 		return err;
 	state.digest = 0;
 	if ((err = bpf_map_update_elem(iter->state_fd, &zero, &state, BPF_ANY)) ||
-	    (err = qs_iterate(iter->files, 0, NULL, NULL)) ||
-	    (err = bpf_map_lookup_elem(iter->state_fd, &zero, &state)))
+	    (err = qs_iterate(iter->files, 0, NULL, NULL)) || (err = qs_tun_state_of(iter, &state)))
 		return err;
 	*digest = state.digest;
 	return 0;

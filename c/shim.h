@@ -135,14 +135,19 @@ int qs_program_run(int prog_fd, const void *packet, __u32 len, __u32 repeat, __u
 
 /*
  * What looks at tun devices, of all processes and network namespaces of the host: the object file
- * is tun_queues, for the records, or tun_digest, for the digests.  tun_fd is any fd of /dev/net/tun,
- * and only needed to open.  An object whose tun module was unloaded since sees nothing any more.
+ * is tun_queues or tun_vnet, for records, or tun_digest, for the digests.  tun_fd is any fd of
+ * /dev/net/tun, and only needed to open.  An object whose tun module was unloaded since sees nothing any more.
  */
 struct qs_tun_iter;
 int qs_tun_iter_open(const char *object, int tun_fd, struct qs_tun_iter **iter);
 void qs_tun_iter_close(struct qs_tun_iter *iter);
-/* The open queues of all processes or (pid not 0) one; freed with qs_free(). */
-int qs_tun_iter_read(struct qs_tun_iter *iter, int pid, struct qs_queue **queues, size_t *count);
+/*
+ * Records about the open queues of all processes or (pid not 0) one, struct qs_queue or struct
+ * qs_vnet_hash, to be freed with qs_free(); size is that of all of them, in bytes.
+ */
+int qs_tun_iter_read(struct qs_tun_iter *iter, int pid, void **records, size_t *size);
+/* Of tun_vnet: whether this kernel's BTF tells where tun keeps what it hashes by. */
+int qs_tun_tells_vnet_hash(struct qs_tun_iter *iter, int *tells);
 void qs_free(void *memory);
 /* A number that changes with the taps, their queues, and what is attached to them. */
 int qs_tun_digest_devices(struct qs_tun_iter *iter, uint64_t *digest);

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from qsteer import clean, execute, holds, inventory, kernel, procs, programs
+from qsteer import clean, execute, holds, inventory, kernel, procs, programs, tapfiles
 from qsteer.errors import QsteerError
 from qsteer.model import Source, Tap
 from qsteer.render import columns
@@ -282,7 +282,7 @@ def _round(bench: Bench, job: Job, moment: Moment) -> Round:
         wrong.append(_last_line(said))
     tap = bench.tap()
     found = _found(bench, job, tap, wrong)
-    half_written = sum(name.endswith(holds.NEW) for name in private.files())
+    half_written = sum(name.endswith(tapfiles.NEW) for name in private.files())
     on_hold = bool(holds.find(netns=tap.netns, ifindex=tap.ifindex))
     if on_hold and not tap.hold:
         wrong.append("the hold is not of the process that holds the tap")
@@ -375,7 +375,7 @@ def _check_next(bench: Bench, job: Job, wrong: list[str]) -> None:
     if process.returncode or said:
         wrong.append(f"the next command ends with {process.returncode}: {_last_line(said)}")
     wrong.extend(_not_reached(bench, job))
-    if any(name.endswith(holds.NEW) for name in private.files()):
+    if any(name.endswith(tapfiles.NEW) for name in private.files()):
         wrong.append("half-written files stay after the next command")
 
 

@@ -4,9 +4,37 @@
 What is gone again by then, or may not be looked at, is None or empty.
 """
 
-from qsteer import procs, programs
+from qsteer import hashing, procs, programs
 from qsteer.errors import QsteerError
-from qsteer.model import Held, Kind, MapsContent, ProgramInfo
+from qsteer.model import Held, Kind, MapsContent, OpenQueue, ProgramInfo, Tap
+
+
+def tap_of(queue: OpenQueue) -> Tap:
+    """A tap as one of its queues shows it, with what steers it, and nothing of who has it.  Raises QsteerError."""
+    seen = Programs()
+    program = seen.info(queue.program_id)
+    return Tap(
+        name=queue.tap,
+        ifindex=queue.ifindex,
+        netns=queue.netns,
+        active=queue.active,
+        disabled=queue.disabled,
+        multi_queue=queue.multi_queue,
+        persistent=queue.persistent,
+        queues=(queue,),
+        program_id=queue.program_id,
+        program=program,
+        content=seen.content(program),
+        body_present=seen.body_present(program),
+        program_holders=(),
+        holder=None,
+        domain=None,
+        nic=None,
+        held=(),
+        hold=False,
+        vnet_hash=hashing.of_taps((queue,)).get((queue.netns, queue.ifindex)),
+        hashing=hashing.hashing(),
+    )
 
 
 class Programs:

@@ -3,8 +3,9 @@
 
 Theory of operation
 -------------------
-There are shared bodies, pinned below /sys/fs/bpf/qsteer, which stubs call into, and holds and stamps of pauses below
-/run/qsteer, which mean something for as long as their process lives.  ``fetch`` looks at them, ``plan`` decides,
+There are shared bodies, pinned below /sys/fs/bpf/qsteer, which stubs call into; holds and stamps of pauses below
+/run/qsteer, which mean something for as long as their process lives; and marks there, for as long as the kernel has the
+RSS that they are about.  ``fetch`` looks at them, ``plan`` decides,
 ``execute`` removes; all three belong inside of execute's lock, but for a dry run.
 
 Who loads a stub need not have the lock (``run``).  So a pin is first moved aside, where no new stub finds it; then the
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qsteer import holds, procs, programs
+from qsteer import holds, kernel, marks, namespaces, procs, programs, tapfiles, tuns
 from qsteer._shim import ffi, lib
 from qsteer.errors import NotFoundError, PermissionDeniedError, UnsupportedError, from_errno, printable
 from qsteer.shim import check
@@ -29,7 +30,7 @@ from qsteer.shim import check
 _VERSION_DIRECTORY = re.compile(r"v[0-9]+")
 _PIN = re.compile(r"bodies-[0-9a-z-]+|removing-[0-9]+")
 _RECORD = re.compile(r"[0-9]+-[0-9]+")
-_DIRECTORIES = {"holds": "hold", "pauses": "stamp"}
+_DIRECTORIES = {"holds": "hold", "pauses": "stamp", marks.FOLDER: "mark"}
 _NOT_QSTEERS = "not qsteer's"
 
 
@@ -44,14 +45,15 @@ class Body:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """A file about a process: a hold, or the stamp of when a VM was last paused.
+    """A file about a process, a hold or the stamp of when a VM was last paused; or the mark of a tap's in-kernel RSS.
 
-    ``pid`` is None where the process has ended, or the file was never finished.
+    ``goes`` says why it means nothing any more, ``stays`` why it does; one of them is empty.
     """
 
     path: Path
     what: str
-    pid: int | None
+    goes: str = ""
+    stays: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,11 +131,7 @@ def _empty(directory: Path) -> Item:
 
 def plan(found: Found) -> CleanPlan:
     """What goes and what stays.  Pure."""
-    files = tuple(
-        Item(path=record.path, what=record.what, why="its process has ended")
-        for record in found.records
-        if record.pid is None
-    )
+    files = tuple(Item(path=record.path, what=record.what, why=record.goes) for record in found.records if record.goes)
     unused = tuple(body for body in found.bodies if not body.users)
     gone = {body.path for body in unused} | {item.path for item in files}
     there = {body.path for body in found.bodies} | {record.path for record in found.records} | set(found.others)
@@ -149,11 +147,7 @@ def plan(found: Found) -> CleanPlan:
         directories=tuple(directories),
         kept=(
             *(_in_use(body) for body in found.bodies if body.users),
-            *(
-                Item(path=record.path, what=record.what, why=f"process {record.pid} runs")
-                for record in found.records
-                if record.pid is not None
-            ),
+            *(Item(path=record.path, what=record.what, why=record.stays) for record in found.records if record.stays),
             *(Item(path=path, what=_NOT_QSTEERS, why="left alone") for path in found.others),
         ),
     )
@@ -213,18 +207,33 @@ def _bodies_at(pin: Path) -> int | None:
 
 
 def _record(entry: os.DirEntry[str], what: str) -> Record | None:
-    """A hold or a stamp; None for a file that is neither."""
+    """A hold, a stamp or a mark; None for a file that is none of them."""
     path = Path(entry.path)
     if not entry.is_file(follow_symlinks=False) or not _RECORD.fullmatch(path.stem):
         return None
-    if path.suffix == holds.NEW:
-        return Record(path=path, what=f"{what}, half written", pid=None)
+    if path.suffix == tapfiles.NEW:
+        return Record(path=path, what=f"{what}, half written", goes="its process has ended")
+    if what == "mark":
+        return _mark(path)
     process = None if path.suffix else _RECORDS[what](path)
     if not process:
         return None
     pid, started = process
     found = procs.read(pid)
-    return Record(path=path, what=what, pid=pid if found and found.started == started else None)
+    if found and found.started == started:
+        return Record(path=path, what=what, stays=f"process {pid} runs")
+    return Record(path=path, what=what, goes="its process has ended")
+
+
+def _mark(path: Path) -> Record:
+    """It counts where the kernel has the RSS that it is about; of a tap that nobody has open that cannot be seen."""
+    netns, ifindex = map(int, path.name.split("-"))
+    rss = kernel.vnet_hashes().get((netns, ifindex))
+    if rss and marks.marked(rss, netns=netns, ifindex=ifindex).source:
+        return Record(path=path, what="mark", stays="its RSS is set")
+    if netns == namespaces.own() and any(tun.ifindex == ifindex and tun.persistent for tun in tuns.in_sysfs() or ()):
+        return Record(path=path, what="mark", stays="no process has its tap open, so that its RSS cannot be seen")
+    return Record(path=path, what="mark", goes="its RSS is gone")
 
 
 def _of_hold(path: Path) -> tuple[int, int] | None:

@@ -18,6 +18,10 @@ SERVICE_HELP = "qsteer serve's socket, which makes the taps (without CAP_NET_ADM
 SOURCES = ("auto", "shared-maps", "qemu-maps", "device-state", "guest-agent", "static")
 
 
+ENGINES = ("auto", "ebpf", "kernel")
+ENGINE_HELP = "what steers: a program, or tun itself, where the kernel can; auto is what is best"
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with qsteer's way of failing, and without abbreviations, which later options would break."""
 
@@ -96,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
     # None is what the configuration says.
     text = "default: what the configuration says, else auto, the best that works"
     desired.add_argument("--source", choices=SOURCES, help=text)
+    desired.add_argument("--engine", choices=ENGINES, help=ENGINE_HELP)
+    text = "tell the guest the hash of each packet (engine kernel, where the guest has negotiated it)"
+    desired.add_argument("--hash-report", action="store_true", default=None, help=text)
     text = "take a foreign program, or QEMU's own, off"
     desired.add_argument("--replace", action="store_true", default=None, help=text)
     text = "attach even where QEMU undoes it in software"
@@ -152,6 +159,8 @@ def parser() -> argparse.ArgumentParser:
         help="a NIC and its tap (repeatable)",
     )
     run.add_argument("--user", metavar="USER", help="who QEMU runs as (as root: must be given)")
+    text = f"{ENGINE_HELP}; kernel steers by a table of the host's, and offers the guest no RSS"
+    run.add_argument("--engine", choices=ENGINES, help=text)
     run.add_argument("--service", metavar="PATH", help=SERVICE_HELP)
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- QEMU ARGUMENT", help="QEMU's command line")
 
@@ -214,7 +223,7 @@ def _add_libvirt(verbs: Any, common: _Parser, change: _Parser, output: _Parser) 
     which.add_argument("--nic", metavar="ALIAS", help="of this NIC; default: of every NIC")
     which.add_argument("--mac", type=_mac, metavar="MAC", help="of the NIC with this address")
     added.add_argument("--source", choices=SOURCES, help="where the configuration comes from")
-    added.add_argument("--engine", choices=("auto", "ebpf"), help="what steers")
+    added.add_argument("--engine", choices=ENGINES, help=ENGINE_HELP)
     _add_static(added)
     text = "what qsteer may do to the VM, if the configuration lets policies ask for it"
     added.add_argument("--allow", type=_allowed, metavar="pause", help=text)
@@ -223,7 +232,7 @@ def _add_libvirt(verbs: Any, common: _Parser, change: _Parser, output: _Parser) 
     need.add_argument("--required", action="store_true", default=None, help=text)
     need.add_argument("--best-effort", dest="required", action="store_false", help="start without it, too")
     added.add_argument("--clear", action="store_true", help="take what it says away")
-    added.set_defaults(replace=None, force=None)
+    added.set_defaults(replace=None, force=None, hash_report=None)
 
 
 def _add_static(parser: _Parser) -> None:

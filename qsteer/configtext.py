@@ -10,7 +10,7 @@ from typing import Any
 from qsteer import rss, tomlplaces
 from qsteer.access import Rule
 from qsteer.errors import UsageError
-from qsteer.model import Source
+from qsteer.model import Engine, Source
 from qsteer.plan import Static
 from qsteer.runplan import MTU_MAX, MTU_MIN, QUEUES_MAX, Rss, Vhost
 from qsteer.settings import AUTO, METADATA_WORDS, Entry, Match, Settings
@@ -134,7 +134,7 @@ class _Reader:
             self._wrong((*path, "source"), f"source {said['source']} takes the guest's table, not one of yours")
         if len(self._mistakes) > before:
             return
-        settings = {key: value for key, value in said.items() if key not in _STATIC}
+        settings = {key.replace("-", "_"): value for key, value in said.items() if key not in _STATIC}
         self._entries.append(Entry(match=Match(**patterns), settings=Settings(**settings, static=static)))
 
     def _match(self, path: tomlplaces.Path, value: Any) -> dict[str, Any]:
@@ -305,6 +305,11 @@ def _source(value: Any) -> str:
     return source if source == AUTO else Source(source)
 
 
+def _engine(value: Any) -> str:
+    engine = _choice(AUTO, *Engine)(value)
+    return engine if engine == AUTO else Engine(engine)
+
+
 def _types(value: Any) -> rss.HashType:
     types = rss.HashType(0)
     for name in _each(value, _choice(*rss.HASH_TYPE_NAMES)):
@@ -400,6 +405,8 @@ _STATIC: dict[str, Check] = {
 }
 _NIC: dict[str, Check] = {
     "source": _source,
+    "engine": _engine,
+    "hash-report": _truth,
     **_STATIC,
     "allow": _allow,
     "replace": _truth,

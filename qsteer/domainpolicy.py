@@ -32,7 +32,7 @@ from xml.etree.ElementTree import Element
 
 from qsteer import rss
 from qsteer.errors import UsageError, printable
-from qsteer.model import Interface, Source
+from qsteer.model import Engine, Interface, Source
 from qsteer.plan import Static
 from qsteer.settings import AUTO, Config, Settings, fold
 
@@ -51,7 +51,6 @@ _SHOWN_MAX = 60
 
 _MAC = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _TABLES = ("table", "equal", "weight")
-_ENGINES = ("auto", "ebpf")
 _NO_TYPES = "none"
 _BLANKS = " \t\r\n"
 """XML's, which may be anywhere between elements."""
@@ -59,14 +58,10 @@ _BLANKS = " \t\r\n"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One ``interface``, for the NIC of an alias or of a MAC (lower case); for every NIC where both are None.
-
-    ``engine`` is what shall steer; there is one engine only, so that every word for it means the same.
-    """
+    """One ``interface``, for the NIC of an alias or of a MAC (lower case); for every NIC where both are None."""
 
     alias: str | None = None
     mac: str | None = None
-    engine: str | None = None
     settings: Settings
 
     def is_for(self, nics: Collection[str], mac: str | None) -> bool:
@@ -114,6 +109,7 @@ def limited(said: Settings, words: Collection[str], below: Settings = NOTHING_SA
     """
     asked = {
         "source": said.source is not None and not said.static,
+        "engine": said.engine is not None,
         "table": said.static.table is not None,
         "key": said.static.key is not None,
         "types": said.static.types is not None,
@@ -139,6 +135,7 @@ def limited(said: Settings, words: Collection[str], below: Settings = NOTHING_SA
     return replace(
         said,
         source=source,
+        engine=None if "engine" in refused else said.engine,
         static=static,
         allow=None if "pause" in refused else said.allow,
         required=None if "required" in refused else said.required,
@@ -196,7 +193,7 @@ def to_xml(policy: Policy) -> str:
             "alias": entry.alias,
             "mac": entry.mac,
             "source": None if static or said.source is None else str(said.source),
-            "engine": entry.engine,
+            "engine": None if said.engine is None else str(said.engine),
             "types": None if static.types is None else ",".join(rss.format_hash_types(static.types)) or _NO_TYPES,
             "key": None if static.key is None else rss.format_key(static.key),
             **_table(static.table),
@@ -245,11 +242,12 @@ def _entry(element: Element, number: int, mistakes: list[str]) -> Entry | None:
         return None
     settings = Settings(
         source=Source.STATIC if static else source,
+        engine=said.get("engine"),
         static=static,
         allow=said.get("allow"),
         required=said.get("required"),
     )
-    return Entry(alias=said.get("alias"), mac=said.get("mac"), engine=said.get("engine"), settings=settings)
+    return Entry(alias=said.get("alias"), mac=said.get("mac"), settings=settings)
 
 
 def _attributes(
@@ -302,6 +300,11 @@ def _source(text: str) -> str:
     return source if source == AUTO else Source(source)
 
 
+def _engine(text: str) -> str:
+    engine = _choice(AUTO, *Engine)(text)
+    return engine if engine == AUTO else Engine(engine)
+
+
 def _alias(text: str) -> str:
     if not text or not text.isprintable():
         raise UsageError("an alias is wanted, such as net0, or ua-mine")
@@ -332,7 +335,7 @@ _INTERFACE: Mapping[str, Callable[[str], object]] = {
     "alias": _alias,
     "mac": _mac,
     "source": _source,
-    "engine": _choice(*_ENGINES),
+    "engine": _engine,
     "types": _types,
     "key": rss.parse_key,
     "table": _queues,

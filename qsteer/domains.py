@@ -82,9 +82,7 @@ def show(virsh: Virsh) -> Shown:
     return Shown(domain=domain, nics=tuple(nics))
 
 
-def plan_set(
-    virsh: Virsh, *, alias: str | None, mac: str | None, said: Settings, engine: str | None, clear: bool
-) -> tuple[Written, ...]:
+def plan_set(virsh: Virsh, *, alias: str | None, mac: str | None, said: Settings, clear: bool) -> tuple[Written, ...]:
     """What ``set`` is going to write: into the domain that runs and its configuration, which may differ.
 
     ``said`` goes over what a policy says already of the NIC of that alias or MAC, of every NIC where both are None;
@@ -100,7 +98,7 @@ def plan_set(
         raise UsageError(f"the policy that is there has a mistake: {mistakes[0]}", hint="virsh edit, or --clear")
     if not (clear and any((one.alias, one.mac) == (alias, mac) for policy in policies for one in policy.entries)):
         _check_nic(places, alias, mac)
-    entry = Entry(alias=alias, mac=mac, engine=engine, settings=said)
+    entry = Entry(alias=alias, mac=mac, settings=said)
     texts = [_text(_changed(policy, entry, clear=clear)) for policy in policies]
     if len(texts) == 2 and texts[0] == texts[1]:
         return (Written(xml=texts[0], live=True, config=True),)
@@ -155,11 +153,10 @@ def _changed(policy: Policy, entry: Entry, *, clear: bool) -> Policy:
     others = tuple(one for one in policy.entries if one not in same)
     if clear:
         return replace(policy, entries=others)
-    engine = entry.engine or next((one.engine for one in reversed(same) if one.engine), None)
     said = settings.fold([*(one.settings for one in same), entry.settings])
     if not is_of_all:
-        return replace(policy, entries=(*others, replace(entry, engine=engine, settings=said)))
+        return replace(policy, entries=(*others, replace(entry, settings=said)))
     required = policy.required if said.required is None else said.required
     said = replace(said, required=None)
-    of_all = (replace(entry, engine=engine, settings=said),) if engine or said != Settings() else ()
+    of_all = (replace(entry, settings=said),) if said != Settings() else ()
     return replace(policy, required=required, entries=(*of_all, *others))

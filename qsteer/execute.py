@@ -12,7 +12,9 @@ A refreshed program works with the maps of the one whose place it takes, a stati
 by bit, be it what no RssConfig can say, and QEMU, which may write into them meanwhile, is followed.
 
 Death at any point leaves the tap with the old program or with the new one, for the switch is one ioctl.  A hold is put
-before a program is taken off, and lifted after one is attached: between the two the hold counts.
+before a program is taken off, and lifted after one is attached: between the two the hold counts.  From a program to
+in-kernel RSS and back it is two ioctls; where the kernel has a program go before RSS, one of the two always steers.
+The mark that says whose RSS it is is put before it is set: without it, it would be somebody else's.
 """
 
 import contextlib
@@ -22,10 +24,24 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
-from qsteer import holds, kernel, programs
-from qsteer.errors import BusyError, ConflictError, QsteerError, from_errno, printable
-from qsteer.model import Process, ProgramInfo, Tap
-from qsteer.plan import Attach, AttachHeld, Detach, Plan, PutHold, RefillBody, Refresh, RemoveHold, Step
+from qsteer import hashing, holds, kernel, marks, programs
+from qsteer.errors import BusyError, ConflictError, QsteerError, UnsupportedError, from_errno, printable
+from qsteer.model import Generation, OpenQueue, Process, ProgramInfo, Tap, VnetHash
+from qsteer.plan import (
+    Attach,
+    AttachHeld,
+    ClearRss,
+    Detach,
+    Plan,
+    PutHold,
+    RefillBody,
+    Refresh,
+    RemoveHold,
+    SetRss,
+    Step,
+)
+from qsteer.rss import NO_TYPES
+from qsteer.tapfiles import TapFile
 
 log = logging.getLogger(__name__)
 
@@ -67,14 +83,15 @@ def execute(plan: Plan) -> int:
         for step in plan.steps:
             log.info("%s: %s", printable(plan.tap.name), step)
             change.carry_out(step)
-        found = kernel.queue_of(fd).program_id
-        if found != change.attached:
+        found = kernel.queue_of(fd)
+        if found.program_id != change.attached:
             raise ConflictError(
-                f'tap "{plan.tap.name}" is steered by program {found}, not {change.attached}: '
+                f'tap "{plan.tap.name}" is steered by program {found.program_id}, not {change.attached}: '
                 "something else changes it, too"
             )
+        change.check_rss(found)
         undo.pop_all()
-    return found
+    return found.program_id
 
 
 @contextlib.contextmanager
@@ -94,7 +111,7 @@ def _queue_fd(tap: Tap) -> Iterator[int]:
                 continue
             if (now.netns, now.ifindex) != (tap.netns, tap.ifindex):
                 continue
-            if now.program_id != tap.program_id:
+            if (now.program_id, now.vnet_hash) != (tap.program_id, queue.vnet_hash):
                 raise BusyError(f'tap "{tap.name}": what is attached changed meanwhile', hint="try again")
             yield fd
             return
@@ -116,6 +133,7 @@ class _Change:
 
     def __init__(self, *, tap: Tap, fd: int, before: int | None, undo: contextlib.ExitStack) -> None:
         self.attached = tap.program_id
+        self._rss = tap.vnet_hash
         self._tap = tap
         self._fd = fd
         self._before = before
@@ -148,17 +166,68 @@ class _Change:
                 program = self._attached_program()
                 self._on_failure("the shared body stays pinned", programs.unpin_refilled, program)
                 programs.refill_bodies(program)
+            case SetRss():
+                self._refuse_changed()
+                self._marks(marks.of(step.rss))
+                self._changes_rss(step.rss)
+                if step.rss.config:
+                    hashing.set_rss(self._fd, self._generation(), step.rss.config, report=step.rss.report)
+            case ClearRss():
+                self._refuse_changed()
+                self._changes_rss(None)
+                hashing.set_automq(self._fd, self._generation())
+                self._marks(None)
             case Detach():
                 self._refuse_changed()
                 self._changes_to(0)
                 kernel.detach(self._fd)
             case PutHold():
                 hold = holds.Hold(tap=self._tap.name, pid=self._holder().pid, started=self._holder().started)
-                self._changes_hold()
+                self._changes_file(self._hold)
                 holds.put(hold, netns=self._tap.netns, ifindex=self._tap.ifindex)
             case RemoveHold():
-                self._changes_hold()
-                holds.remove(netns=self._tap.netns, ifindex=self._tap.ifindex)
+                self._changes_file(self._hold)
+                self._hold.remove()
+
+    @property
+    def _hold(self) -> TapFile:
+        return holds.file(netns=self._tap.netns, ifindex=self._tap.ifindex)
+
+    def check_rss(self, found: OpenQueue) -> None:
+        """Whether tun hashes as it was told to.  Raises ConflictError."""
+        if not found.vnet_hash and not self._rss:
+            return
+        now = self._rss_now(found)
+        if (now.content if now else None) != (self._rss.content if self._rss else None):
+            raise ConflictError(f'tap "{self._tap.name}" has another in-kernel RSS: something else changes it, too')
+
+    def _rss_now(self, queue: OpenQueue) -> VnetHash | None:
+        return kernel.vnet_hashes(os.getpid()).get((queue.netns, queue.ifindex)) if queue.vnet_hash else None
+
+    def _generation(self) -> Generation:
+        generation = self._tap.hashing.generation
+        if not generation:
+            raise UnsupportedError(f"in-kernel RSS cannot be changed: {self._tap.hashing.why_not}")
+        return generation
+
+    def _marks(self, content: bytes | None) -> None:
+        file = marks.file(netns=self._tap.netns, ifindex=self._tap.ifindex)
+        self._changes_file(file)
+        file.restore(content)
+
+    def _changes_rss(self, rss: VnetHash | None) -> None:
+        before, self._rss = self._rss, rss
+        self._on_failure("in-kernel RSS is not as it was", self._put_rss_back, rss, before)
+
+    def _put_rss_back(self, rss: VnetHash | None, before: VnetHash | None) -> None:
+        """Back to what was set before, unless something else has been set since."""
+        now = self._rss_now(kernel.queue_of(self._fd))
+        if (now.content if now else None) != (rss.content if rss else None):
+            return
+        if before and before.config:
+            hashing.set_rss(self._fd, self._generation(), before.config, report=before.report)
+        else:
+            hashing.set_automq(self._fd, self._generation(), before.types if before and before.report else NO_TYPES)
 
     def _holder(self) -> Process:
         if not self._tap.holder:
@@ -179,7 +248,8 @@ class _Change:
 
     def _refuse_changed(self) -> None:
         """To load a program takes a while; what was attached meanwhile is not taken off."""
-        if kernel.queue_of(self._fd).program_id != self.attached:
+        now = kernel.queue_of(self._fd)
+        if now.program_id != self.attached or bool(now.vnet_hash) != bool(self._rss):
             raise BusyError(f'tap "{self._tap.name}": what is attached changed meanwhile', hint="try again")
 
     def _attach(self, prog_fd: int, program_id: int) -> None:
@@ -202,14 +272,12 @@ class _Change:
         else:
             kernel.attach(self._fd, self._before)
 
-    def _changes_hold(self) -> None:
-        found = holds.stored(netns=self._tap.netns, ifindex=self._tap.ifindex)
-        self._on_failure("its hold is not as it was", self._put_hold_back, found)
+    def _changes_file(self, file: TapFile) -> None:
+        self._on_failure(f"its {file.what} is not as it was", self._put_file_back, file, file.stored())
 
-    def _put_hold_back(self, found: bytes | None) -> None:
-        netns, ifindex = self._tap.netns, self._tap.ifindex
-        if holds.stored(netns=netns, ifindex=ifindex) != found:
-            holds.restore(found, netns=netns, ifindex=ifindex)
+    def _put_file_back(self, file: TapFile, found: bytes | None) -> None:
+        if file.stored() != found:
+            file.restore(found)
 
     def _on_failure(self, lost: str, undo: Callable[..., None], *arguments: object) -> None:
         """Have an undo run if a step fails.  One that fails itself is told, and does not hide why the plan failed."""

@@ -11,11 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qsteer import procs
-from qsteer.errors import from_errno
+from qsteer.tapfiles import NEW, TapFile
 
 RUNTIME = Path("/run/qsteer")
-NEW = ".new"
-"""What a hold's file is called until it is whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +30,10 @@ class Hold:
         return bool(process and process.started == self.started)
 
 
-def _path(netns: int, ifindex: int) -> Path:
-    return RUNTIME / "holds" / f"{netns}-{ifindex}"
-
-
 def find(*, netns: int, ifindex: int) -> Hold | None:
     """The hold on a tap, if there is one; a file that does not make sense is none."""
     try:
-        return Hold(**json.loads(_path(netns, ifindex).read_text()))
+        return Hold(**json.loads(file(netns=netns, ifindex=ifindex).path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -57,47 +51,12 @@ def places() -> frozenset[tuple[int, int]]:
 
 def put(hold: Hold, *, netns: int, ifindex: int) -> None:
     """Store a hold, in one step.  Raises QsteerError."""
-    restore((json.dumps(asdict(hold)) + "\n").encode(), netns=netns, ifindex=ifindex)
+    file(netns=netns, ifindex=ifindex).restore((json.dumps(asdict(hold)) + "\n").encode())
 
 
-def stored(*, netns: int, ifindex: int) -> bytes | None:
-    """A hold's file as it is, for ``restore``; None for none.  Raises QsteerError."""
-    path = _path(netns, ifindex)
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise from_errno(error.errno or 0, f"cannot read the hold {path}") from None
-
-
-def restore(content: bytes | None, *, netns: int, ifindex: int) -> None:
-    """Make a hold's file what it was when ``stored`` looked, in one step.  Raises QsteerError."""
-    path = _path(netns, ifindex)
-    if content is None:
-        remove(netns=netns, ifindex=ifindex)
-        return
-    new = path.with_suffix(NEW)
-    try:
-        RUNTIME.mkdir(mode=0o755, exist_ok=True)
-        path.parent.mkdir(mode=0o755, exist_ok=True)
-        try:
-            new.write_bytes(content)
-            new.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise from_errno(error.errno or 0, f"cannot store the hold in {path}") from None
-
-
-def remove(*, netns: int, ifindex: int) -> None:
-    """Forget the hold on a tap.  Raises QsteerError."""
-    try:
-        _path(netns, ifindex).unlink(missing_ok=True)
-    except OSError as error:
-        raise from_errno(error.errno or 0, f"cannot remove the hold {_path(netns, ifindex)}") from None
+def file(*, netns: int, ifindex: int) -> TapFile:
+    """Where the hold on a tap is."""
+    return TapFile(RUNTIME / "holds", "hold", netns, ifindex)
 
 
 def forget_ended() -> None:

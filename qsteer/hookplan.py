@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from qsteer.errors import QsteerError
 from qsteer.ifupplan import DRIVER_TAKES_OFF_BEFORE
-from qsteer.model import Source, Tap
+from qsteer.model import Engine, Source, Tap
 from qsteer.plan import Plan, Wanted, plan_apply
 
 WRAPPER = "qsteer-qemu"
@@ -55,7 +55,7 @@ def decide(
         return Decision(told="one queue, there is nothing to steer")
     if tap.hold:
         return Decision(told="nothing changed: qsteer off holds it off, until qsteer apply")
-    if wanted.if_absent and tap.program_id:
+    if wanted.if_absent and tap.steering:
         return _planned(tap, wanted)
     static = wanted.source is Source.STATIC
     if static and tap.steered_in_software:
@@ -68,6 +68,8 @@ def decide(
     if incoming:
         return Decision(told="to be steered when the guest's state has come", follow=True)
     decision = _planned(tap, wanted)
+    if decision.plan and decision.plan.engine is Engine.KERNEL:
+        return decision  # which no QEMU takes off
     if decision.plan and version and version < DRIVER_TAKES_OFF_BEFORE and not (tap.nic and tap.nic.rss):
         why = f"QEMU {version[0]}.{version[1]} takes the program off when the guest's driver starts"
         return replace(_left(keep_pid, why, "it takes qsteer keep"), plan=decision.plan)

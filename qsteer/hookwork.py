@@ -36,7 +36,7 @@ from qsteer.hookfile import NAME, STARTED
 from qsteer.hookplan import WRAPPER, Decision
 from qsteer.intent import Intent
 from qsteer.libvirt import Description
-from qsteer.model import Domain, Process, Tap
+from qsteer.model import Domain, Engine, Process, Tap
 from qsteer.notify import Priority, SystemJournal
 from qsteer.settings import Config, Libvirt, Settings
 
@@ -239,7 +239,8 @@ class _Work:
                 told, fine = f"not steered: {error}", False
             else:
                 source = f", source {plan.source}" if plan.source else ""
-                program = f", program {program_id}" if program_id else ""
+                kernel = ", in-kernel RSS" if plan.engine is Engine.KERNEL else ""
+                program = f", program {program_id}" if program_id else kernel
                 notes = [note for note in plan.notes if not note.startswith("not kept: ")]
                 told = "; ".join((f"{plan.result}{source}{program}", *notes, *((told,) if told else ())))
         told = f"{nic}({tap.name}): {told}"

@@ -31,12 +31,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qsteer import execute, holds, kernel, namespaces, others, procs, programs, runplan
-from qsteer.attached import Programs
+from qsteer import execute, hashing, holds, kernel, namespaces, others, procs, programs, runplan
+from qsteer.attached import tap_of
 from qsteer.errors import ConflictError, NotFoundError, QsteerError, UnsupportedError, UsageError, printable
 from qsteer.ifupplan import Behind, Decision, behind, decide, needs_version, warning
-from qsteer.model import Kind, Nic, OpenQueue, Process, Source, Tap
-from qsteer.plan import Detach, Plan, Static, Wanted, describe, plan_apply
+from qsteer.model import Engine, Generation, Kind, Nic, OpenQueue, Process, Source, Tap
+from qsteer.plan import Plan, Wanted, describe, plan_apply, take_off
 from qsteer.settings import Settings
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _up(options: argparse.Namespace) -> None:
     asking = others.asked_for_version(call.qemu.pid) if needs_version(call.behind) else contextlib.nullcontext()
     with asking as asked, contextlib.ExitStack() as undo:
         with _may_fail(f"{call.tap} is not steered: ", undo, required=required) as step:
-            _steer(call, decide(call.behind, others.version(asked)), settings.static, step, required=required)
+            _steer(call, decide(call.behind, others.version(asked)), settings, step, required=required)
         with _may_fail(f"{call.tap} is not set up: ", undo, required=required) as step:
             _set_up(call, settings.bridge or "", settings.mtu, step)
         undo.pop_all()
@@ -223,7 +223,7 @@ def _may_fail(what: str, undo: contextlib.ExitStack, *, required: bool) -> Itera
 def _steer(
     call: _Call,
     decision: Decision,
-    static: Static,
+    settings: Settings,
     undo: contextlib.ExitStack,
     *,
     required: bool,
@@ -231,7 +231,7 @@ def _steer(
     """Attach what stays attached, and say what does not.  Raises QsteerError."""
     if not decision.attach and not decision.lost:
         log.info("%s: one queue, there is nothing to steer", printable(call.tap))
-    if decision.attach and not _attach(call, static, undo):
+    if decision.attach and not _attach(call, settings, undo):
         return
     if decision.lost:
         vm = _vm_name(call.qemu)
@@ -242,7 +242,7 @@ def _steer(
         log.warning("%s", printable(told))
 
 
-def _attach(call: _Call, static: Static, undo: contextlib.ExitStack) -> bool:
+def _attach(call: _Call, settings: Settings, undo: contextlib.ExitStack) -> bool:
     """Whether a program is attached now: not where there is one queue, or a hold.  Raises QsteerError."""
     name = printable(call.tap)
     with execute.lock(LOCK_S):
@@ -254,12 +254,17 @@ def _attach(call: _Call, static: Static, undo: contextlib.ExitStack) -> bool:
         if hold and hold.is_of(call.qemu.pid):
             log.warning("%s: nothing attached: qsteer off holds it off, until qsteer apply", name)
             return False
-        plan = plan_apply(_tap(call, queue), Wanted(source=Source.STATIC, static=static))
+        engine = settings.engine if isinstance(settings.engine, Engine) else None
+        tap = _tap(call, queue)
+        plan = plan_apply(tap, Wanted(source=Source.STATIC, engine=engine, static=settings.static))
         before = undo.enter_context(programs.program_by_id(queue.program_id)) if queue.program_id else None
         program_id = execute.execute(plan)
         if plan.steps:
             undo.callback(_put_program_back, call.fd, before)
-    for told in (f"{plan.result}, program {program_id}", *plan.notes):
+        if plan.engine is Engine.KERNEL and tap.hashing.generation:
+            undo.callback(_take_rss_off, call.fd, tap.hashing.generation)
+    by = "in-kernel RSS" if plan.engine is Engine.KERNEL else f"program {program_id}"
+    for told in (f"{plan.result}, {by}", *plan.notes):
         log.info("%s: %s", name, printable(told))
     return True
 
@@ -272,6 +277,11 @@ def _put_program_back(queue_fd: int, before: int | None) -> None:
             kernel.attach(queue_fd, before)
 
 
+def _take_rss_off(queue_fd: int, generation: Generation) -> None:
+    with contextlib.suppress(QsteerError):
+        hashing.set_automq(queue_fd, generation)
+
+
 def _queue(call: _Call) -> OpenQueue:
     """The kernel's word on the inherited queue.  Raises QsteerError."""
     queue = kernel.queue_of(call.fd)
@@ -282,29 +292,10 @@ def _queue(call: _Call) -> OpenQueue:
 
 def _tap(call: _Call, queue: OpenQueue) -> Tap:
     """The tap with all queues that it is going to have."""
-    seen, known = Programs(), call.behind
-    program = seen.info(queue.program_id)
+    known = call.behind
     nic = Nic(id=None, netdev=None, mac=known.mac, rss=bool(known.rss), vhost=known.vhost) if known else None
-    return Tap(
-        name=queue.tap,
-        ifindex=queue.ifindex,
-        netns=queue.netns,
-        active=max(queue.active, known.queues if known else _QUEUES_LEAST),
-        disabled=queue.disabled,
-        multi_queue=queue.multi_queue,
-        persistent=queue.persistent,
-        queues=(queue,),
-        program_id=queue.program_id,
-        program=program,
-        content=seen.content(program),
-        body_present=seen.body_present(program),
-        program_holders=(),
-        holder=call.qemu,
-        domain=None,
-        nic=nic,
-        held=(),
-        hold=False,
-    )
+    active = max(queue.active, known.queues if known else _QUEUES_LEAST)
+    return replace(tap_of(queue), active=active, holder=call.qemu, nic=nic)
 
 
 def _look_at_link(tap: str, bridge: str) -> "tuple[Link, Link | None]":
@@ -366,14 +357,15 @@ def _take_off(call: _Call) -> None:
     """Take qsteer's program off, and forget the hold.  Raises QsteerError."""
     with execute.lock(LOCK_S):
         queue = _queue(call)
-        holds.remove(netns=queue.netns, ifindex=queue.ifindex)
+        holds.file(netns=queue.netns, ifindex=queue.ifindex).remove()
         tap = _tap(call, queue)
-        if tap.program_id and not (tap.program and tap.program.kind is Kind.QSTEER):
-            told = describe(tap.program) if tap.program else f"program {tap.program_id}"
+        if tap.steering and tap.steering.kind is not Kind.QSTEER:
+            program = f"program {tap.program_id}" if tap.program_id else "in-kernel RSS"
+            told = describe(tap.program) if tap.program else program
             raise ConflictError(f"{told} is not known to be qsteer's, and stays")
-        if tap.program_id:
-            execute.execute(Plan(tap=tap, steps=(Detach(),), result="off", source=None, program_id=0))
-            log.info("%s: program %d taken off", printable(call.tap), tap.program_id)
+        if steps := take_off(tap):
+            execute.execute(Plan(tap=tap, steps=steps, result="off", source=None, program_id=0))
+            log.info("%s: %s", printable(call.tap), "; ".join(map(str, steps)))
 
 
 def _leave_bridge(call: _Call, bridge: str | None) -> None:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from qsteer import holds, kernel, libvirt, namespaces, tuns
+from qsteer import hashing, holds, kernel, libvirt, namespaces, tuns
 from qsteer.attached import Programs
 from qsteer.errors import QsteerError
 from qsteer.model import Domain, Inventory, OpenQueue, Process, ProgramInfo, Tap
@@ -113,9 +113,10 @@ def _taps_held(
     groups: Sequence[tuple[OpenQueue, ...]], names: Mapping[int, str], vms: Vms, taps_of: Mapping[int, int]
 ) -> Iterator[Tap]:
     """The taps that some process has open."""
-    held, programs = holds.places(), Programs()
+    held, programs, rss = holds.places(), Programs(), hashing.of_taps(itertools.chain.from_iterable(groups))
     for group in groups:
-        yield _tap(group, names.get(group[0].netns), vms, taps_of, programs, hold=_is_on_hold(group, held))
+        tap = _tap(group, names.get(group[0].netns), vms, taps_of, programs, hold=_is_on_hold(group, held))
+        yield replace(tap, vnet_hash=rss.get((tap.netns, tap.ifindex)))
 
 
 def _is_on_hold(queues: Sequence[OpenQueue], places: Collection[_Place]) -> bool:
@@ -160,6 +161,7 @@ def _tap(
         nic=vms.nic_of(pid, first.tap, fds, only_one=taps_of.get(pid) == 1),
         held=tuple(one for one in programs.held(pid, vms.files.get(pid)) if _may_be_for(one.info, first)),
         hold=hold,
+        hashing=hashing.hashing(),
     )
 
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field, replace
 from qsteer import execute, holds, namespaces, readings, upkeep
 from qsteer.asking import Askers
 from qsteer.errors import BusyError, ConflictError, NotFoundError, QsteerError
-from qsteer.model import Inventory, Kind, Tap
+from qsteer.model import Engine, Inventory, Kind, Tap
 from qsteer.notify import Priority
-from qsteer.plan import Attach, AttachHeld, Detach, Plan, Refresh, Wanted, plan_apply
+from qsteer.plan import Attach, AttachHeld, ClearRss, Detach, Plan, Refresh, SetRss, Wanted, plan_apply
 from qsteer.readings import Manner
 from qsteer.selection import Selection
 from qsteer.upkeep import Memory
@@ -371,7 +371,7 @@ class Keeper:
             care.memory = upkeep.done(care.memory, plan, plan.program_id or 0)
             self._is_fine(care)
             return None
-        repair = bool(care.lost or tap.program_id) and care.memory.settled and not _is_ours(tap) and _attaches(plan)
+        repair = bool(care.lost or tap.steering) and care.memory.settled and not _is_ours(tap) and _attaches(plan)
         repairs = self._repairs_of(care)
         if repair and not repairs.may_put_back(key, now):
             told = f"put back {repairs.most} times within {repairs.window_s:g} s; again in {repairs.calm_s:g} s"
@@ -390,7 +390,8 @@ class Keeper:
         self._is_fine(care)
         care.put = act.new if isinstance(act.new, Attached) else None
         # As keep leaves it: what else happens is told, this is not told twice.
-        left = replace(tap, program_id=program_id, program=None, content=None, body_present=True, queues=())
+        left = replace(_with_rss(tap, plan), program_id=program_id, program=None, content=None, body_present=True)
+        left = replace(left, queues=())
         care.tap = left
         if self._before is not None:
             self._before[key] = left
@@ -444,12 +445,21 @@ def _execute(plan: Plan) -> int:
         return execute.execute(plan)
 
 
+def _with_rss(tap: Tap, plan: Plan) -> Tap:
+    """With what tun hashes by after a plan."""
+    for step in plan.steps:
+        if isinstance(step, SetRss | ClearRss):
+            tap = replace(tap, vnet_hash=step.rss if isinstance(step, SetRss) else None)
+    return tap
+
+
 def _how(tap: Tap, happened: Event) -> str:
     """How a program of qsteer's went."""
     if tap.hold:
         return "the hold is lifted"
     if happened.what is What.DETACHED:
-        return "QEMU took it off" if tap.vm else "it was taken off"
+        by_qemu = tap.vm and isinstance(happened.old, Attached) and happened.old.id
+        return "QEMU took it off" if by_qemu else "it was taken off"
     return f"{happened.new} was attached in its place"
 
 
@@ -459,21 +469,21 @@ def _is_program(side: object, program_id: int) -> bool:
 
 
 def _is_ours(tap: Tap) -> bool:
-    return bool(tap.program and tap.program.kind is Kind.QSTEER)
+    return bool(tap.steering and tap.steering.kind is Kind.QSTEER)
 
 
 def _attaches(plan: Plan) -> bool:
-    return any(isinstance(step, Attach | AttachHeld | Refresh) for step in plan.steps)
+    return any(isinstance(step, Attach | AttachHeld | Refresh | SetRss) for step in plan.steps)
 
 
 def _act(care: _Care, plan: Plan, program_id: int) -> Event:
     """What was done to a tap, in one line."""
     tap = care.tap
     old = attached(tap) or care.lost
-    new = Attached(id=program_id, kind=Kind.QSTEER) if program_id else None
+    new = Attached(id=program_id, kind=Kind.QSTEER) if program_id or plan.engine is Engine.KERNEL else None
     pause = plan.tap.reading.paused_ms if plan.tap.reading else None
     source = f"source {plan.source}" + (f", the VM stood still for {pause:.1f} ms" if pause is not None else "")
-    if any(isinstance(step, Detach) for step in plan.steps):
+    if not _attaches(plan) and any(isinstance(step, Detach | ClearRss) for step in plan.steps):
         return event(What.TAKEN_OFF, tap, old=old, detail=f"taken off, the guest asks for no RSS, {source}")
     if not _attaches(plan):
         return event(What.MENDED, tap, old=old, new=old, detail="mended, its shared body was gone")
@@ -483,7 +493,7 @@ def _act(care: _Care, plan: Plan, program_id: int) -> Event:
         if not tap.body_present:
             return event(What.MENDED, tap, old=old, new=new, detail="mended, its shared body was gone")
         return event(What.CORRECTED, tap, old=old, new=new, detail=f"as the guest asks now, {source}")
-    if tap.program_id:
+    if tap.steering:
         return event(What.PUT_BACK, tap, old=old, new=new, detail=f"put back in place of {old}")
     if not care.lost:
         return event(What.STEERED, tap, old=old, new=new, detail=f"as the guest asks now, {source}")

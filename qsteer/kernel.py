@@ -4,6 +4,7 @@
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 from qsteer._shim import ffi, lib
 from qsteer.errors import BusyError, NotFoundError, PermissionDeniedError, QsteerError, UnsupportedError, from_errno
-from qsteer.model import OpenQueue
+from qsteer.model import OpenQueue, VnetHash
+from qsteer.rss import RssConfig, known_types
 from qsteer.shim import OBJECTS, check, check_bpf, string
 
 _TUN_DRIVER = Path("/sys/class/misc/tun")
@@ -20,6 +22,8 @@ _TUN_IS_MODULE = Path("/sys/module/tun/initstate")
 _BTF = Path("/sys/kernel/btf")
 _NO_SUCH_FEATURE = (errno.EINVAL, errno.E2BIG)
 """What a kernel answers to what it does not know: to a kind of program, a function, an attribute."""
+_TUN_VNET_LE, _TUN_VNET_BE = 0x80000000, 0x40000000
+"""Of what the kernel keeps as a device's flags (drivers/net/tun_vnet.h)."""
 _CANNOT_LOOK = "cannot read from the kernel what is attached to its taps"
 _LOOKING_TAKES = "it takes Linux 6.1 with BTF"
 
@@ -152,6 +156,34 @@ def queue_of(queue_fd: int) -> OpenQueue:
     raise NotFoundError(f"fd {queue_fd} is not a queue of a tap any more")
 
 
+def vnet_hashes(pid: int = 0) -> dict[tuple[int, int], VnetHash]:
+    """What tun hashes by itself on the taps that some process has open, or one; none on a kernel that cannot do it.
+
+    By the tap's network namespace (inode number) and its ifindex.  Raises QsteerError as open_queues does.
+    """
+    return {(raw.netns, raw.ifindex): _vnet_hash(raw) for raw in _records("tun_vnet.bpf.o", "struct qs_vnet_hash", pid)}
+
+
+def tells_vnet_hash() -> bool:
+    """Whether this kernel's BTF tells where tun keeps what it hashes by.  Raises QsteerError as open_queues does."""
+    iterator, known = _look_with("tun_vnet.bpf.o"), ffi.new("int *")
+    if iterator:
+        check_bpf(lib.qs_tun_tells_vnet_hash(iterator, known), _CANNOT_LOOK, hint=_LOOKING_TAKES)
+    return bool(known[0])
+
+
+def _vnet_hash(raw: Any) -> VnetHash:
+    types, config, entries = known_types(raw.types), None, raw.entries
+    if raw.rss and entries <= lib.QS_TABLE_ENTRIES and not entries & (entries - 1):
+        config = RssConfig(
+            types=types,
+            key=bytes(raw.key),
+            table=tuple(raw.table[0:entries]),
+            unclassified_queue=raw.unclassified_queue,
+        )
+    return VnetHash(rss=bool(raw.rss), report=bool(raw.report), types=types, config=config)
+
+
 def digest() -> int:
     """A 64-bit number that changes with the taps of the host, their names, queues, and what is attached to them.
 
@@ -171,15 +203,22 @@ def holders_digest() -> int:
 
 
 def _read_queues(pid: int) -> tuple[OpenQueue, ...]:
-    iterator = _look_with("tun_queues.bpf.o")
+    return tuple(_queue(raw) for raw in _records("tun_queues.bpf.o", "struct qs_queue", pid))
+
+
+def _records(name: str, kind: str, pid: int) -> Iterator[Any]:
+    """What a BPF object that looks at tun devices tells of each open queue."""
+    iterator = _look_with(name)
     if not iterator:
-        return ()
-    records, count = ffi.new("struct qs_queue **"), ffi.new("size_t *")
-    check_bpf(lib.qs_tun_iter_read(iterator, pid, records, count), _CANNOT_LOOK, hint=_LOOKING_TAKES)
+        return
+    memory, size = ffi.new("void **"), ffi.new("size_t *")
+    check_bpf(lib.qs_tun_iter_read(iterator, pid, memory, size), _CANNOT_LOOK, hint=_LOOKING_TAKES)
     try:
-        return tuple(_queue(records[0][i]) for i in range(count[0]))
+        records = ffi.cast(f"{kind} *", memory[0])
+        for number in range(size[0] // ffi.sizeof(kind)):
+            yield records[number]
     finally:
-        lib.qs_free(records[0])
+        lib.qs_free(memory[0])
 
 
 def _digest(read: Callable[[Any, Any], int]) -> int:
@@ -201,16 +240,23 @@ def _look_with(name: str) -> Any:
     What is loaded knows the driver by the address of its file operations and by its module's BTF, and so is loaded anew
     when the module was: its directory in sysfs is another one then.
     """
-    try:
-        driver = _TUN_DRIVER.stat().st_ino
-    except OSError:
+    loaded = driver()
+    if not loaded:
         _loaded.clear()
         if not _TUN_DRIVER.parent.exists():
             raise UnsupportedError(f"cannot tell whether there are taps: {_TUN_DRIVER.parent} is missing") from None
         return None  # to open /dev/net/tun would load the module
-    if name not in _loaded or _loaded[name][0] != driver:
-        _loaded[name] = (driver, _load(name))
+    if name not in _loaded or _loaded[name][0] != loaded:
+        _loaded[name] = (loaded, _load(name))
     return _loaded[name][1]
+
+
+def driver() -> int:
+    """A number that tells one tun driver from the next, where it is a module; 0 for none."""
+    try:
+        return _TUN_DRIVER.stat().st_ino
+    except OSError:
+        return 0
 
 
 def _load(name: str) -> Any:
@@ -262,6 +308,11 @@ def _queue(raw: Any) -> OpenQueue:
         disabled=raw.disabled,
         program_id=raw.prog_id,
         attachment=raw.attachment,
+        vnet_hash=raw.vnet_hash,
+        header=raw.header if raw.flags & lib.IFF_VNET_HDR else 0,
+        header_little_endian=bool(
+            raw.flags & _TUN_VNET_LE or (sys.byteorder == "little" and not raw.flags & _TUN_VNET_BE)
+        ),
         is_tap=bool(raw.flags & lib.IFF_TAP),
         multi_queue=bool(raw.flags & lib.IFF_MULTI_QUEUE),
         persistent=bool(raw.flags & lib.IFF_PERSIST),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qsteer.qemuargs import QemuArgs
-from qsteer.rss import RssConfig
+from qsteer.rss import NO_TYPES, HashType, RssConfig
 
 if TYPE_CHECKING:
     from qsteer.domainpolicy import Policy
@@ -35,6 +35,31 @@ class Source(enum.StrEnum):
     def is_asked(self) -> bool:
         """Whether a guest has to be asked, since nothing tells when it changes something."""
         return self in (Source.DEVICE_STATE, Source.GUEST_AGENT)
+
+
+class Engine(enum.StrEnum):
+    """What steers: a program (TUNSETSTEERINGEBPF), or tun itself, where a kernel can (TUNSETVNETRSS and its like)."""
+
+    EBPF = "ebpf"
+    KERNEL = "kernel"
+
+
+class Generation(enum.StrEnum):
+    """What in-kernel hashing is like on a kernel, by versions of the series that brings it.
+
+    They differ in the ioctls (v12 from all others), and in what RSS and a program are to each other: up to v9 either
+    refuses the other (EBUSY), later on a program goes before RSS.  v4 refuses to report where a header has no room.
+    """
+
+    V4 = "v4"
+    V9 = "v5-v9"
+    V11 = "v11"
+    V12 = "v12"
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether RSS and a program refuse each other."""
+        return self in (Generation.V4, Generation.V9)
 
 
 class Kind(enum.StrEnum):
@@ -97,6 +122,8 @@ class OpenQueue:
 
     ``attachment`` tells one attachment of a program from the next, be it of the same program: another number if the
     next one replaced it, but mostly the same once it was off for an RCU grace period (10 to 20 ms); 0 for no program.
+    ``vnet_hash`` is a number that changes with what tun hashes by itself, 0 for nothing.  ``header`` are the bytes of
+    the virtio-net header, 0 for none.
     """
 
     file: int
@@ -115,6 +142,9 @@ class OpenQueue:
     is_tap: bool
     multi_queue: bool
     persistent: bool
+    vnet_hash: int = 0
+    header: int = 0
+    header_little_endian: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +153,59 @@ class MapsContent:
 
     enabled: bool
     config: RssConfig | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hashing:
+    """What in-kernel hashing this host's tun can do, as seen on a tap of qsteer's own.
+
+    ``generation`` is None where there is none, and ``why_not`` says why; ``denied``: for want of a right to look.
+    ``types`` are the hash types that it knows, ``reports`` whether it tells guests the hash.
+    """
+
+    generation: Generation | None = None
+    types: HashType = NO_TYPES
+    reports: bool = False
+    why_not: str = "it was not looked for"
+    denied: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VnetHash:
+    """What tun hashes by itself on one tap.
+
+    ``rss`` says whether it steers by it, ``report`` whether guests are told the hash; without ``rss`` that is the
+    kernel's own, of ``types``.  ``config`` is None without ``rss``, and for a table that virtio does not allow.
+    ``source`` is None where somebody else set it; ``displaced`` is the id of QEMU's program that it took the place of.
+    """
+
+    rss: bool
+    report: bool
+    types: HashType
+    config: RssConfig | None
+    source: Source | None = None
+    displaced: int = 0
+
+    @property
+    def content(self) -> tuple[bool, bool, HashType, RssConfig | None]:
+        """What the kernel has of it."""
+        return self.rss, self.report, self.types, self.config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steering:
+    """What steers a tap: QEMU's or somebody's program, or RSS of the kernel's own.
+
+    ``kind`` is None where looking at it takes a right that is missing, ``source`` where it is not qsteer's or QEMU's.
+    ``config`` is None where it has none, or that is not enabled; ``works`` is False for a stub without its body.
+    """
+
+    engine: Engine
+    kind: Kind | None
+    source: Source | None
+    config: RssConfig | None
+    works: bool = True
+    displaced: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,7 +317,7 @@ class Tap:
     which may be meant for this tap.  ``netns_name`` is the name of its network namespace, None for qsteer's own and for
     one without a name.  ``unheld`` is a persistent tap that no process has open: what steers it cannot be seen.
     ``unread`` says why the guest could not be asked.  ``used`` are the buffers that QEMU's device has used of each
-    receive queue, modulo 65536.
+    receive queue, modulo 65536.  ``vnet_hash`` is what tun hashes by itself, and ``hashing`` what it could.
     """
 
     name: str
@@ -260,6 +343,8 @@ class Tap:
     reading: Reading | None = None
     unread: tuple[str, ...] = ()
     used: tuple[int | None, ...] | None = None
+    vnet_hash: VnetHash | None = None
+    hashing: Hashing = Hashing()
 
     @property
     def attached(self) -> int:
@@ -270,6 +355,30 @@ class Tap:
     def steerable(self) -> bool:
         """Whether there is a choice of queues."""
         return self.multi_queue and self.attached > 1
+
+    @property
+    def steering(self) -> Steering | None:
+        """What steers it; None is automq.  A program goes before RSS of the kernel's own."""
+        if self.program_id:
+            return self._steering_program()
+        rss = self.vnet_hash
+        if not rss or not rss.rss:
+            return None
+        kind = Kind.QSTEER if rss.source else Kind.FOREIGN
+        return Steering(engine=Engine.KERNEL, kind=kind, source=rss.source, config=rss.config, displaced=rss.displaced)
+
+    def _steering_program(self) -> Steering:
+        program, content = self.program, self.content
+        ident = program.ident if program else None
+        source = Source.QEMU_MAPS if program and program.kind is Kind.QEMU else ident.source if ident else None
+        return Steering(
+            engine=Engine.EBPF,
+            kind=program.kind if program else None,
+            source=source,
+            config=content.config if content and content.enabled else None,
+            works=self.body_present,
+            displaced=ident.displaced if ident else 0,
+        )
 
     @property
     def given(self) -> Held | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qsteer import ethtool, rss
 from qsteer.errors import UsageError, from_errno
-from qsteer.model import Source
+from qsteer.model import Engine, Source
 from qsteer.plan import Static
 from qsteer.readings import Manner
 from qsteer.selection import Selection
@@ -55,6 +55,11 @@ def one_vm(options: argparse.Namespace) -> "Reach":
 def settings(options: argparse.Namespace) -> Settings:
     """What the options of ``apply`` and ``keep`` say, over any configuration.  Raises UsageError."""
     given = static(options)
+    engine: Engine | Literal["auto"] | None = None
+    if options.engine is not None:
+        engine = AUTO if options.engine == AUTO else Engine(options.engine)
+    if options.hash_report and engine is Engine.EBPF:
+        raise UsageError("--hash-report takes the kernel engine: a program cannot report a hash")
     source: Source | Literal["auto"] | None = None
     if options.source is not None:
         source = AUTO if options.source == AUTO else Source(options.source)
@@ -62,6 +67,8 @@ def settings(options: argparse.Namespace) -> Settings:
         raise UsageError(f"--source {source} takes the guest's configuration, not one of yours")
     return Settings(
         source=Source.STATIC if given else source,
+        engine=engine,
+        hash_report=options.hash_report,
         static=given,
         allow=options.allow,
         replace=options.replace,

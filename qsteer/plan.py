@@ -9,8 +9,9 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from qsteer import engines
 from qsteer.errors import BusyError, ConflictError, UnsupportedError
-from qsteer.model import Held, Kind, ProgramInfo, Reading, Source, Tap
+from qsteer.model import Engine, Held, Kind, ProgramInfo, Reading, Source, Steering, Tap, VnetHash
 from qsteer.rss import BASE_TYPES, KEY_BYTES, TABLE_MAX, HashType, RssConfig
 
 
@@ -52,6 +53,26 @@ class AttachHeld:
         return f"attach program {self.program_id}, which QEMU holds"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetRss:
+    """Have tun steer by RSS of its own.  ``rss`` has the source, and what it takes the place of."""
+
+    rss: VnetHash
+
+    def __str__(self) -> str:
+        entries = len(self.rss.config.table) if self.rss.config else 0
+        report = ", and report the hash" if self.rss.report else ""
+        return f"set in-kernel RSS with a table of {entries} entries{report}"
+
+
+@dataclass(frozen=True, slots=True)
+class ClearRss:
+    """Take RSS of tun's own off."""
+
+    def __str__(self) -> str:
+        return "take in-kernel RSS off"
+
+
 @dataclass(frozen=True, slots=True)
 class RefillBody:
     """Give the attached stub its shared body back, and every other stub that lost it with it."""
@@ -65,7 +86,7 @@ class Detach:
     """Take the program off."""
 
     def __str__(self) -> str:
-        return "detach the program: the kernel's automq takes over"
+        return "detach the program"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +105,15 @@ class RemoveHold:
         return "remove the hold"
 
 
-Step = Attach | AttachHeld | Refresh | RefillBody | Detach | PutHold | RemoveHold
+Step = Attach | AttachHeld | Refresh | RefillBody | SetRss | ClearRss | Detach | PutHold | RemoveHold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The steps for one tap, none if it is as wanted; ``program_id`` is what has to be attached in the end.
 
-    ``program_id`` is None for a program that is yet to be loaded.  ``notes`` are for the user to know.
+    ``program_id`` is None for a program that is yet to be loaded.  ``engine`` is what steers then; None is automq, or
+    what QEMU has attached by the time.  ``notes`` are for the user to know.
     """
 
     tap: Tap
@@ -99,6 +121,7 @@ class Plan:
     result: str
     source: Source | None
     program_id: int | None
+    engine: Engine | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -117,13 +140,17 @@ class Static:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What ``apply`` was asked for.  ``source`` None is ``auto``.
+    """What ``apply`` was asked for.  ``source`` and ``engine`` None are ``auto``.
+
+    ``report``: the guest is to be told the hash of each packet.
 
     ``expect`` is the ``revision`` that the tap must have.  ``allow_pause`` lets a source stop the VM for a moment.
     ``identify``: something else may be wanted once it is known which NIC this is, so QEMU is asked for that alone.
     """
 
     source: Source | None = None
+    engine: Engine | None = None
+    report: bool = False
     static: Static = Static()
     replace: bool = False
     force: bool = False
@@ -141,25 +168,31 @@ def describe(program: ProgramInfo) -> str:
 
 
 def revision(tap: Tap) -> str:
-    """Twelve hexadecimal digits that change with what steers a tap: the program, its configuration, a hold."""
+    """Twelve hexadecimal digits that change with what steers a tap: program, RSS, configuration, a hold."""
     config = tap.content.config if tap.content else None
-    known = (tap.netns, tap.ifindex, tap.program_id, config, tap.hold)
+    known: tuple[object, ...] = (tap.netns, tap.ifindex, tap.program_id, config, tap.hold)
+    if tap.vnet_hash:
+        known += (tap.vnet_hash.content,)
     return hashlib.sha256(repr(known).encode()).hexdigest()[:12]
 
 
 def readings_wanted(tap: Tap, wanted: Wanted) -> tuple[Source, ...]:
     """The sources that have to be asked before this tap can be planned for, best first; none for most."""
-    if not tap.steerable or wanted.static or (wanted.if_absent and tap.program_id):
+    steering = tap.steering
+    if not tap.steerable or wanted.static or (wanted.if_absent and steering):
         return ()
     if wanted.source:
         return (wanted.source,) if wanted.source.is_asked else ()
     if not tap.nic or not tap.nic.rss or _follows_maps(tap):
         return ()
-    own = tap.program.ident if tap.program else None
-    to_be_seen_to = own and ((own.source and own.source.is_asked) or tap.steered_in_software)
-    if tap.program_id and not wanted.replace and not to_be_seen_to:
+    if steering and not wanted.replace and not _to_be_seen_to(tap, steering):
         return ()
     return (Source.DEVICE_STATE, Source.GUEST_AGENT) if wanted.allow_pause else (Source.GUEST_AGENT,)
+
+
+def _to_be_seen_to(tap: Tap, steering: Steering) -> bool:
+    asked = bool(steering.source and steering.source.is_asked)
+    return steering.kind is Kind.QSTEER and (asked or tap.steered_in_software)
 
 
 def _follows_maps(tap: Tap) -> bool:
@@ -178,9 +211,10 @@ def plan_apply(tap: Tap, wanted: Wanted, *, random_key: Callable[[int], bytes] =
     if not tap.steerable:
         raise UnsupportedError(f'tap "{tap.name}" has a single queue: there is nothing to steer')
     _refuse_unexpected(tap, wanted.expect)
-    if wanted.if_absent and tap.program_id:
-        note = f"program {tap.program_id} is attached, and stays: --if-absent"
-        return Plan(tap=tap, steps=(), result="unchanged", source=None, program_id=tap.program_id, notes=(note,))
+    if wanted.if_absent and (steering := tap.steering):
+        stays = f"program {tap.program_id} is attached" if tap.program_id else "in-kernel RSS is set"
+        note = f"{stays}, and stays: --if-absent"
+        return replace(_unchanged(tap, None), steps=(), engine=steering.engine, notes=(note,))
     if wanted.refresh:
         return _refresh(tap) or _nothing_to_refresh(tap)
     if wanted.source is Source.STATIC or wanted.static:
@@ -207,6 +241,7 @@ def _refresh(tap: Tap) -> Plan | None:
         steps=(Refresh(source=ident.source, displaced=ident.displaced), *_lift_hold(tap)),
         result="refreshed",
         source=ident.source,
+        engine=Engine.EBPF,
         program_id=None,
         notes=("QEMU holds the old program, and attaches that when the guest sets RSS again",) if again else (),
     )
@@ -215,20 +250,14 @@ def _refresh(tap: Tap) -> Plan | None:
 def _nothing_to_refresh(tap: Tap) -> Plan:
     ours = tap.program and tap.program.kind is Kind.QSTEER
     note = "it is this version's program" if ours else "no program of qsteer's is attached"
-    return Plan(
-        tap=tap,
-        steps=(),
-        result="unchanged",
-        source=None,
-        program_id=tap.program_id,
-        notes=(f"nothing to refresh: {note}",),
-    )
+    return replace(_unchanged(tap, None), steps=(), notes=(f"nothing to refresh: {note}",))
 
 
 def _apply_auto(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) -> Plan:
     """The best source that works: maps that QEMU writes, what was read from the guest, what is attached, a spread."""
-    attached, shared, qemus = tap.program, tap.given, tap.loaded_by_qemu
+    attached, shared, qemus, steering = tap.program, tap.given, tap.loaded_by_qemu, tap.steering
     if attached and attached.kind is Kind.QEMU and wanted.source in (None, Source.QEMU_MAPS):
+        _refuse_kernel(tap, wanted)
         return _over_qemus(tap, attached) if wanted.replace else _unchanged(tap, Source.QEMU_MAPS)
     _refuse_foreign(tap, wanted)
     if tap.reading and ((wanted.source and wanted.source.is_asked) or tap.reading.config or not tap.held):
@@ -239,10 +268,12 @@ def _apply_auto(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) ->
         return _apply_held(tap, wanted, qemus, Source.QEMU_MAPS)
     if wanted.source:
         raise _cannot_follow(tap, wanted.source)
-    if attached and attached.ident and tap.body_present:
+    if steering and steering.kind is Kind.QSTEER and steering.works:
         undone = ("QEMU undoes it in software: see qsteer off, or --allow pause",) if tap.steered_in_software else ()
-        return replace(_unchanged(tap, attached.ident.source), notes=undone)
-    if tap.nic and tap.nic.rss and not attached:
+        if not steering.config or not steering.source or _is_by(tap, wanted, steering.source, steering.config):
+            return replace(_unchanged(tap, steering.source), notes=undone)
+        return _steer(tap, wanted, steering.source, steering.config, undone)
+    if tap.nic and tap.nic.rss and not steering:
         if qemus:
             return _ready(tap, Source.QEMU_MAPS, "QEMU attaches its own program when the guest asks for RSS")
         _refuse_software(tap, wanted)
@@ -268,6 +299,76 @@ def _cannot_follow(tap: Tap, source: Source) -> UnsupportedError:
     return UnsupportedError(f'the configuration of the guest behind tap "{tap.name}" was not read: no {source}')
 
 
+def _refuse_kernel(tap: Tap, wanted: Wanted) -> None:
+    """tun reads no maps."""
+    if wanted.engine is Engine.KERNEL or wanted.report:
+        what = "--engine kernel" if wanted.engine is Engine.KERNEL else "--hash-report"
+        raise UnsupportedError(
+            f'QEMU writes what the guest behind tap "{tap.name}" asks for into maps; tun reads none: no {what}',
+            hint="--source device-state or static",
+        )
+
+
+def _is_by(tap: Tap, wanted: Wanted, source: Source, config: RssConfig) -> bool:
+    """Whether the tap is steered so already, by an engine that will do."""
+    steering = tap.steering
+    return (
+        steering is not None
+        and steering.kind is Kind.QSTEER
+        and steering.works
+        and (steering.source, steering.config) == (source, config)
+        and wanted.engine in (None, steering.engine)
+        and (not wanted.report or bool(tap.vnet_hash and tap.vnet_hash.report and not tap.program_id))
+    )
+
+
+def _steer(tap: Tap, wanted: Wanted, source: Source, config: RssConfig, notes: tuple[str, ...]) -> Plan:
+    """Steer by a configuration that qsteer has, by whichever engine is right."""
+    engine = engines.choose(tap, wanted.engine, config, report=wanted.report)
+    displaced = _displaced_id(tap)
+    if engine is Engine.KERNEL:
+        rss = VnetHash(
+            rss=True, report=wanted.report, types=config.types, config=config, source=source, displaced=displaced
+        )
+        steps = _beside_rss(tap, (Detach(),) if tap.program_id else (), SetRss(rss=rss))
+    else:
+        steps = _without_rss(tap, Attach(config=config, source=source, displaced=displaced))
+        if tap.program_id == 0 and tap.steering is None and tap.hashing.denied:
+            notes = (*notes, f"by a program: {tap.hashing.why_not}")
+    return Plan(
+        tap=tap,
+        steps=(*steps, *_lift_hold(tap)),
+        result="replaced" if tap.steering else "attached",
+        source=source,
+        engine=engine,
+        program_id=0 if engine is Engine.KERNEL else None,
+        notes=(*_displaces(tap), *_gap(tap, steps), *notes),
+    )
+
+
+def _beside_rss(tap: Tap, detach: tuple[Step, ...], set_rss: SetRss) -> tuple[Step, ...]:
+    """Where a program goes before RSS, that is set below it and takes over when the program goes: no packet falls
+    between the two.  Where they refuse each other there is no such way.
+    """
+    exclusive = tap.hashing.generation is not None and tap.hashing.generation.exclusive
+    return (*detach, set_rss) if exclusive else (set_rss, *detach)
+
+
+def _without_rss(tap: Tap, attach: Step) -> tuple[Step, ...]:
+    """Attach a program, and take RSS off that would wait below it, or is in its way."""
+    if not (tap.vnet_hash and tap.vnet_hash.rss):
+        return (attach,)
+    generation = tap.hashing.generation
+    return (attach, ClearRss()) if generation and not generation.exclusive else (ClearRss(), attach)
+
+
+def _gap(tap: Tap, steps: tuple[Step, ...]) -> tuple[str, ...]:
+    """Names the moment in which nothing steers."""
+    if len(steps) < 2 or not isinstance(steps[0], Detach | ClearRss):
+        return ()
+    return ("this kernel refuses a program beside in-kernel RSS: automq chooses between the two",)
+
+
 def _why_unread(tap: Tap, wanted: Wanted) -> str:
     pause = () if wanted.allow_pause else ("device-state takes --allow pause",)
     return "; ".join((*pause, *tap.unread)) or "no source"
@@ -280,6 +381,7 @@ def _over_qemus(tap: Tap, qemus: ProgramInfo) -> Plan:
         steps=(Refresh(source=Source.QEMU_MAPS, displaced=qemus.id), *_lift_hold(tap)),
         result="replaced",
         source=Source.QEMU_MAPS,
+        engine=Engine.EBPF,
         program_id=None,
         notes=(*_displaces(tap), "QEMU attaches its own again when the guest sets RSS"),
     )
@@ -292,6 +394,7 @@ def _over(tap: Tap, held: Held) -> bool:
 
 def _apply_held(tap: Tap, wanted: Wanted, held: Held, source: Source) -> Plan:
     """Follow the guest through a program that QEMU holds, and into whose maps it writes."""
+    _refuse_kernel(tap, wanted)
     if _over(tap, held):
         if not tap.body_present and (refreshed := _refresh(tap)):
             return replace(refreshed, result="mended")
@@ -299,25 +402,26 @@ def _apply_held(tap: Tap, wanted: Wanted, held: Held, source: Source) -> Plan:
         result = "mended" if mend else "unchanged"
         return replace(_unchanged(tap, source), steps=(*mend, *_lift_hold(tap)), result=result)
     # What QEMU took off itself holds the table of before a reset: that comes back only on request.
-    taken_off_by_us = tap.hold or tap.program_id
+    taken_off_by_us = tap.hold or tap.steering
     if held.content and held.content.enabled and (taken_off_by_us or wanted.source):
+        steps = _without_rss(tap, AttachHeld(program_id=held.info.id, fd=held.fd))
         return Plan(
             tap=tap,
-            steps=(AttachHeld(program_id=held.info.id, fd=held.fd), *_lift_hold(tap)),
-            result="replaced" if tap.program_id else "attached",
+            steps=(*steps, *_lift_hold(tap)),
+            result="replaced" if tap.steering else "attached",
             source=source,
+            engine=Engine.EBPF,
             program_id=held.info.id,
-            notes=_displaces(tap),
+            notes=(*_displaces(tap), *_gap(tap, steps)),
         )
     return _ready(tap, source, "QEMU attaches the program when the guest asks for RSS")
 
 
 def _ready(tap: Tap, source: Source, note: str) -> Plan:
     """QEMU will attach a program by itself, or the guest asks for nothing; until then nothing steers."""
-    off: tuple[Step, ...] = (Detach(),) if tap.program_id else ()
     return Plan(
         tap=tap,
-        steps=(*off, *_lift_hold(tap)),
+        steps=(*take_off(tap), *_lift_hold(tap)),
         result="ready",
         source=source,
         program_id=0,
@@ -331,46 +435,31 @@ def _apply_reading(tap: Tap, wanted: Wanted, reading: Reading) -> Plan:
     if not reading.config:
         ready = _ready(tap, reading.source, "the guest has not asked for RSS")
         return replace(ready, notes=(*ready.notes, *paused))
-    ident = tap.program.ident if tap.program else None
-    current = tap.content.config if tap.content and tap.content.enabled and tap.body_present else None
-    if ident and ident.source is reading.source and current == reading.config:
+    if _is_by(tap, wanted, reading.source, reading.config):
         return replace(_unchanged(tap, reading.source), notes=paused)
     guessed = () if reading.exact_types else ("the guest's hash types could not be read: Linux's default is taken",)
-    return Plan(
-        tap=tap,
-        steps=(
-            Attach(config=reading.config, source=reading.source, displaced=_displaced_id(tap)),
-            *_lift_hold(tap),
-        ),
-        result="replaced" if tap.program_id else "attached",
-        source=reading.source,
-        program_id=None,
-        notes=(*_displaces(tap), *paused, *guessed, "not kept: the guest may set another table; see qsteer keep"),
-    )
+    notes = (*paused, *guessed, "not kept: the guest may set another table; see qsteer keep")
+    return _steer(tap, wanted, reading.source, reading.config, notes)
 
 
 def _displaced_id(tap: Tap) -> int:
-    """QEMU's own program that a new one displaces, or that the attached one did already."""
-    if tap.program and tap.program.ident:
-        return tap.program.ident.displaced
+    """QEMU's own program that is displaced, or was already by what steers now."""
+    if tap.steering and tap.steering.displaced:
+        return tap.steering.displaced
     return tap.program.id if tap.program and tap.program.kind is Kind.QEMU else 0
 
 
 def _apply_static(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) -> Plan:
     _refuse_foreign(tap, wanted)
-    attached = tap.program
-    own = attached if attached and attached.kind is Kind.QSTEER else None
     _refuse_software(tap, wanted)
     # What is attached stays, but for what is given: the guest's own table in QEMU's program, too.
-    current = tap.content.config if tap.content else None
+    current = tap.content.config if tap.content else tap.steering.config if tap.steering else None
     base = current or RssConfig(types=BASE_TYPES, key=random_key(KEY_BYTES), table=tuple(range(TABLE_MAX)))
     config = _merged(base, wanted.static)
-    is_static = own and own.ident and own.ident.source is Source.STATIC
-    if is_static and config == current and tap.content and tap.content.enabled and tap.body_present:
+    if _is_by(tap, wanted, Source.STATIC, config):
         return _unchanged(tap, Source.STATIC)
 
-    displaced = _displaced_id(tap)
-    notes = list(_displaces(tap))
+    notes: list[str] = []
     last = tap.attached - 1
     if wanted.static.table and (beyond := max(config.table)) > last:
         notes.append(f"the table names queue {beyond}, the tap has 0 to {last}: the kernel folds it (modulo)")
@@ -381,17 +470,12 @@ def _apply_static(tap: Tap, wanted: Wanted, random_key: Callable[[int], bytes]) 
             "the guest's own table is not followed now: --source shared-maps goes back to it, "
             "and so does QEMU when the guest sets RSS"
         )
-    elif displaced or tap.loaded_by_qemu:
+    elif _displaced_id(tap) or tap.loaded_by_qemu:
         notes.append("QEMU holds a program of its own for this tap, and attaches it when the guest sets RSS")
-    notes.append("not kept: QEMU may remove it on reset or migration; see qsteer keep")
-    return Plan(
-        tap=tap,
-        steps=(Attach(config=config, source=Source.STATIC, displaced=displaced), *_lift_hold(tap)),
-        result="replaced" if tap.program_id else "attached",
-        source=Source.STATIC,
-        program_id=None,
-        notes=tuple(notes),
-    )
+    plan = _steer(tap, wanted, Source.STATIC, config, tuple(notes))
+    if plan.engine is Engine.KERNEL:  # of which QEMU knows nothing
+        return plan
+    return replace(plan, notes=(*plan.notes, "not kept: QEMU may remove it on reset or migration; see qsteer keep"))
 
 
 def plan_off(tap: Tap, *, replace_foreign: bool = False, expect: str | None = None) -> Plan:
@@ -401,32 +485,39 @@ def plan_off(tap: Tap, *, replace_foreign: bool = False, expect: str | None = No
     """
     _refuse_unexpected(tap, expect)
     holding: tuple[Step, ...] = () if tap.hold else (PutHold(),)
-    if not tap.program_id:
+    steering = tap.steering
+    if not steering:
         result = "off" if holding else "unchanged"
         return Plan(tap=tap, steps=holding, result=result, source=None, program_id=0, notes=_may_come_back(tap))
     _refuse_foreign(tap, Wanted(replace=replace_foreign))
-    program = tap.program
     notes = list(_displaces(tap))
-    if program and program.ident and program.ident.displaced:
-        put_back = next((held for held in tap.held if held.info.id == program.ident.displaced), None)
+    if steering.displaced:
+        put_back = next((held for held in tap.held if held.info.id == steering.displaced), None)
         if put_back:
             return Plan(
                 tap=tap,
-                steps=(*holding, AttachHeld(program_id=put_back.info.id, fd=put_back.fd)),
+                steps=(*holding, *_without_rss(tap, AttachHeld(program_id=put_back.info.id, fd=put_back.fd))),
                 result="put back",
                 source=Source.QEMU_MAPS,
+                engine=Engine.EBPF,
                 program_id=put_back.info.id,
                 notes=(f"QEMU's own {describe(put_back.info)} steers again",),
             )
-        notes.append(f"the program that it displaced ({program.ident.displaced}) is gone")
+        notes.append(f"the program that it displaced ({steering.displaced}) is gone")
     return Plan(
         tap=tap,
-        steps=(*holding, Detach()),
+        steps=(*holding, *take_off(tap)),
         result="off",
         source=None,
         program_id=0,
         notes=(*notes, *_may_come_back(tap)),
     )
+
+
+def take_off(tap: Tap) -> tuple[Step, ...]:
+    """Leave it to automq.  RSS first: what waits below a program must not take over."""
+    rss: tuple[Step, ...] = (ClearRss(),) if tap.vnet_hash and tap.vnet_hash.rss else ()
+    return (*rss, Detach()) if tap.program_id else rss
 
 
 def _may_come_back(tap: Tap) -> tuple[str, ...]:
@@ -438,13 +529,21 @@ def _may_come_back(tap: Tap) -> tuple[str, ...]:
 
 def _displaces(tap: Tap) -> tuple[str, ...]:
     """Names what is taken off, if it is not qsteer's."""
-    if not tap.program_id or (tap.program and tap.program.kind is Kind.QSTEER):
-        return ()
-    return (f"in place of {describe(tap.program) if tap.program else f'program {tap.program_id}'}",)
+    program = describe(tap.program) if tap.program else f"program {tap.program_id}"
+    ours = not tap.program_id or (tap.program and tap.program.kind is Kind.QSTEER)
+    foreign_rss = tap.vnet_hash and tap.vnet_hash.rss and not tap.vnet_hash.source
+    told = () if ours else (f"in place of {program}",)
+    return (*told, "in place of in-kernel RSS that somebody else has set") if foreign_rss else told
 
 
 def _refuse_foreign(tap: Tap, wanted: Wanted) -> None:
-    if not tap.program_id or wanted.replace:
+    if wanted.replace:
+        return
+    if tap.vnet_hash and tap.vnet_hash.rss and not tap.vnet_hash.source:
+        raise ConflictError(
+            f'tap "{tap.name}" has in-kernel RSS that somebody else has set', hint="--replace takes it off"
+        )
+    if not tap.program_id:
         return
     if not tap.program:
         raise ConflictError(
@@ -485,7 +584,14 @@ def _merged(base: RssConfig, static: Static) -> RssConfig:
 
 
 def _unchanged(tap: Tap, source: Source | None) -> Plan:
-    return Plan(tap=tap, steps=_lift_hold(tap), result="unchanged", source=source, program_id=tap.program_id)
+    return Plan(
+        tap=tap,
+        steps=_lift_hold(tap),
+        result="unchanged",
+        source=source,
+        engine=tap.steering.engine if tap.steering else None,
+        program_id=tap.program_id,
+    )
 
 
 def _lift_hold(tap: Tap) -> tuple[Step, ...]:

@@ -36,8 +36,8 @@ from qsteer import __version__
 from qsteer._shim import ffi, lib
 from qsteer.errors import BusyError, NotFoundError, PermissionDeniedError, QsteerError, UnsupportedError, from_errno
 from qsteer.model import Build, Ident, Kind, MapsContent, ProgramInfo, Source
-from qsteer.rss import BASE_TYPES, HashType, RssConfig
-from qsteer.shim import OBJECTS, check, check_bpf, out_fd_bpf, string
+from qsteer.rss import BASE_TYPES, RssConfig, known_types
+from qsteer.shim import OBJECTS, check, check_bpf, out_fd_bpf, raw_config, string
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def _load(
         result = lib.qs_program_load(_COMPLETE, ident, map_fds, out)
     elif frozen:
         assert config
-        result = lib.qs_stub_load_frozen(ident, *_raw(config), bodies, out)
+        result = lib.qs_stub_load_frozen(ident, *raw_config(config), bodies, out)
     else:
         result = lib.qs_stub_load_maps(ident, map_fds, bodies, out)
     check_bpf(result, f'cannot load the steering program for tap "{tap}"')
@@ -222,22 +222,8 @@ def _own_version() -> tuple[int, ...]:
 
 
 def _write_config(program: Program, config: RssConfig) -> None:
-    result = lib.qs_config_write(program.config_fd, program.key_fd, program.table_fd, *_raw(config))
+    result = lib.qs_config_write(program.config_fd, program.key_fd, program.table_fd, *raw_config(config))
     check_bpf(result, "cannot write the RSS configuration")
-
-
-def _raw(config: RssConfig) -> tuple[Any, bytes, Any]:
-    """Configuration, key and table as the C side wants them."""
-    raw = ffi.new(
-        "struct qs_rss_config *",
-        {
-            "redirect": 1,
-            "hash_types": int(config.types),
-            "indirections_len": len(config.table),
-            "default_queue": config.unclassified_queue,
-        },
-    )
-    return raw, config.key, ffi.new(f"uint16_t[{lib.QS_TABLE_ENTRIES}]", config.table)
 
 
 def shared_bodies() -> int:
@@ -542,20 +528,12 @@ def read_maps(info: ProgramInfo) -> MapsContent:
     config = None
     if 1 <= length <= lib.QS_TABLE_ENTRIES and not length & (length - 1):
         config = RssConfig(
-            types=HashType(raw.hash_types & int(_all_types())),
+            types=known_types(raw.hash_types),
             key=bytes(key),
             table=tuple(table[0:length]),
             unclassified_queue=raw.default_queue,
         )
     return MapsContent(enabled=bool(raw.redirect), config=config)
-
-
-@functools.cache
-def _all_types() -> HashType:
-    types = HashType(0)
-    for bit in HashType:
-        types |= bit
-    return types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

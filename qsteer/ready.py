@@ -7,16 +7,18 @@ fd.  So a failure at any step leaves nothing behind, and so does the death of wh
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qsteer import kernel, programs
 from qsteer.errors import from_errno
-from qsteer.model import Source
+from qsteer.model import Engine, Source
+from qsteer.plan import Static
 from qsteer.runplan import Order, stable_mac
 
 VHOST_NET = Path("/dev/vhost-net")
 MACHINE_ID = Path("/etc/machine-id")
+LOCK_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,20 @@ def make(order: Order) -> ReadyTap:
         program_fds=program.fds if program else (),
         program=f"qsteer {program.id} ({program.build})" if program else "-",
     )
+
+
+def steer_in_kernel(tap: ReadyTap, static: Static) -> ReadyTap:
+    """Have tun itself steer a tap, by a configuration of the host's.  Raises QsteerError; the tap is as it was then."""
+    from qsteer import execute
+    from qsteer.attached import tap_of
+    from qsteer.plan import Wanted, plan_apply
+
+    plan = plan_apply(
+        tap_of(kernel.queue_of(tap.queue_fds[0])), Wanted(source=Source.STATIC, engine=Engine.KERNEL, static=static)
+    )
+    with execute.lock(LOCK_S):
+        execute.execute(plan)
+    return replace(tap, program=f"in-kernel RSS ({plan.tap.hashing.generation})")
 
 
 def has_vhost() -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qsteer import ethtool
 from qsteer.errors import printable
-from qsteer.model import Inventory, Kind, Process, Reading, Source, Tap, Unsteerable
+from qsteer.model import Engine, Inventory, Process, Reading, Source, Tap, Unsteerable
 from qsteer.plan import Plan, revision
 from qsteer.rss import RssConfig, format_hash_types, format_key
 from qsteer.state import agrees, state
@@ -26,7 +26,7 @@ _COLUMNS: dict[str, Callable[[Tap], str]] = {
     "TAP": lambda tap: tap.name,
     "QUEUES": lambda tap: f"{tap.active}/{tap.attached}",
     "PROGRAM": lambda tap: _program_cell(tap) if tap.queues else "?",
-    "ENGINE": lambda tap: engine(tap) or "?",
+    "ENGINE": lambda tap: _engine_cell(tap),
     "SOURCE": lambda tap: source_of(tap) or "-",
     "AGREES": agrees,
     "USED": lambda tap: " ".join("?" if used is None else str(used) for used in tap.used or ()) or "-",
@@ -43,18 +43,22 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 def source_of(tap: Tap) -> Source | None:
     """Where the configuration that steers a tap comes from."""
-    if not tap.program:
-        return None
-    if tap.program.kind is Kind.QEMU:
-        return Source.QEMU_MAPS
-    return tap.program.ident.source if tap.program.ident else None
+    return tap.steering.source if tap.steering else None
 
 
 def engine(tap: Tap) -> str | None:
     """What steers; None where that cannot be seen."""
     if not tap.queues:
         return None
-    return "ebpf" if tap.program_id else "automq"
+    return tap.steering.engine if tap.steering else "automq"
+
+
+def _engine_cell(tap: Tap) -> str:
+    """With what in-kernel hashing is like on this host, and whether it reports."""
+    steers = engine(tap) or "?"
+    generation = tap.hashing.generation if steers == Engine.KERNEL else None
+    report = "+report" if tap.vnet_hash and tap.vnet_hash.report else ""
+    return f"{steers} {generation}{report}" if generation else f"{steers}{report}"
 
 
 def status_text(inventory: Inventory) -> str:
@@ -104,6 +108,7 @@ def tap_json(tap: Tap) -> Json:
         "queues": {"active": tap.active, "attached": tap.attached, "used": list(tap.used) if tap.used else None},
         "program": program_json(tap),
         "engine": engine(tap),
+        "in_kernel": _in_kernel_json(tap),
         "source": source_of(tap),
         "agrees": agrees(tap),
         "state": state(tap),
@@ -115,6 +120,22 @@ def tap_json(tap: Tap) -> Json:
         "revision": revision(tap),
         "guest": _reading_json(tap),
         "unread": list(tap.unread),
+    }
+
+
+def _in_kernel_json(tap: Tap) -> Json | None:
+    """What tun hashes by itself; ``steers`` is false where a program goes before it, or automq chooses."""
+    rss = tap.vnet_hash
+    if not rss:
+        return None
+    return {
+        "generation": tap.hashing.generation,
+        "steers": engine(tap) == Engine.KERNEL,
+        "rss": rss.rss,
+        "report": rss.report,
+        "types": list(format_hash_types(rss.types)),
+        "by_qsteer": rss.source is not None,
+        "displaced": rss.displaced or None,
     }
 
 
@@ -187,8 +208,10 @@ def show_text(tap: Tap) -> str:
         return _reading_text(tap, tap.reading)
     if not tap.queues:
         return f"# {name}: {state(tap)}"
-    if not tap.program_id:
+    if not tap.steering:
         return f"# {name}: no steering program is attached, the kernel's automq chooses the queue ({state(tap)})"
+    if tap.steering.engine is Engine.KERNEL:
+        return _in_kernel_text(tap)
     if not program:
         return f"# {name}: steered by program {tap.program_id}; CAP_SYS_ADMIN is missing to look at it"
     about = [_program_cell(tap), f"source {source_of(tap) or '-'}"]
@@ -201,10 +224,26 @@ def show_text(tap: Tap) -> str:
     if not config:
         lines.append("# its maps hold no RSS configuration" if program.has_config else "# it has no RSS maps")
         return "\n".join(lines)
-    lines.append(ethtool.format_table(config, device=name, rings=tap.active).rstrip("\n"))
+    return "\n".join((*lines, *_table_lines(tap, config)))
+
+
+def _in_kernel_text(tap: Tap) -> str:
+    whose = f"source {tap.steering.source}" if tap.steering and tap.steering.source else "set by somebody else"
+    about = ["in-kernel RSS", tap.hashing.generation or "of a kind unknown here", whose]
+    if tap.vnet_hash and tap.vnet_hash.report:
+        about.append("the guest is told the hash")
+    lines = [f"# {printable(tap.name)}: {', '.join(about)}"]
+    config = tap.steering.config if tap.steering else None
+    if not config:
+        return f"{lines[0]}\n# its table is none that virtio allows"
+    return "\n".join((*lines, *_table_lines(tap, config)))
+
+
+def _table_lines(tap: Tap, config: RssConfig) -> tuple[str, ...]:
+    table = ethtool.format_table(config, device=printable(tap.name), rings=tap.active).rstrip("\n")
     if max(config.table) >= tap.active:
-        lines.append(f"# the kernel folds what is beyond the {tap.active} active queues (modulo)")
-    return "\n".join(lines)
+        return (table, f"# the kernel folds what is beyond the {tap.active} active queues (modulo)")
+    return (table,)
 
 
 def _reading_text(tap: Tap, reading: Reading) -> str:
@@ -225,6 +264,8 @@ def show_json(tap: Tap) -> Json:
         "tap": tap.name,
         "vm": tap.vm_name,
         "program": program_json(tap),
+        "engine": engine(tap),
+        "in_kernel": _in_kernel_json(tap),
         "source": source_of(tap),
         "rss": _rss_json(tap),
         "guest": _reading_json(tap),
@@ -232,6 +273,8 @@ def show_json(tap: Tap) -> Json:
 
 
 def _rss_json(tap: Tap) -> Json | None:
+    if tap.steering and tap.steering.engine is Engine.KERNEL:
+        return {"enabled": True, **config_json(tap.steering.config)} if tap.steering.config else None
     if not tap.content or not tap.content.config:
         return None
     return {"enabled": tap.content.enabled, **config_json(tap.content.config)}
@@ -259,6 +302,8 @@ def done_text(plan: Plan, program_id: int) -> str:
     parts = [printable(plan.tap.name), plan.result]
     if program_id:
         parts.append(f"program {program_id}")
+    if plan.engine is Engine.KERNEL:
+        parts.append(f"in-kernel RSS {plan.tap.hashing.generation or ''}".rstrip())
     if plan.source:
         parts.append(f"source {plan.source}")
     return "  ".join(parts) + "".join(f"\n  {printable(note)}" for note in plan.notes)
@@ -273,6 +318,7 @@ def plan_json(plan: Plan, program_id: int | None) -> Json:
         "result": plan.result,
         "dry_run": program_id is None,
         "source": plan.source,
+        "engine": plan.engine,
         "program": program_id or None,
         "steps": [str(step) for step in plan.steps],
         "notes": list(plan.notes),

@@ -39,6 +39,15 @@ BASE_TYPES = HashType.IP4 | HashType.TCP4 | HashType.UDP4 | HashType.IP6 | HashT
 """The six types that every implementation knows; what qsteer enables when nobody says otherwise."""
 
 
+NO_TYPES = HashType(0)
+ALL_TYPES = BASE_TYPES | HashType.IP_EX | HashType.TCP_EX | HashType.UDP_EX
+
+
+def known_types(bits: int) -> HashType:
+    """The specification's bits of a number that may have others."""
+    return HashType(bits & int(ALL_TYPES))
+
+
 def parse_hash_types(text: str) -> HashType:
     """``"tcp4,udp4,ip4"`` as bits.  Raises UsageError on a name that is not a hash type."""
     types = HashType(0)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from qsteer import procs, qemuargs, qmp, ready, runplan, shim
-from qsteer.errors import PermissionDeniedError, QsteerError, UsageError, from_errno
+from qsteer.errors import PermissionDeniedError, QsteerError, UnsupportedError, UsageError, from_errno
 from qsteer.provider import Provider, provider
 from qsteer.render import columns
 from qsteer.runplan import Nic, NicHandles, RunPlan
@@ -67,16 +67,17 @@ def run(
     command: Sequence[str],
     quiet: bool = False,
     service: str | None = None,
+    engine: str | None = None,
 ) -> Rehearsal:
     """Start QEMU with NICs that are steered.  Returns only from a dry run; otherwise this process becomes QEMU.
 
     ``taps`` are the values of --tap, ``command`` is QEMU's argv, ``user`` None where --user is not given, and
-    ``service`` where --service is not.  Raises QsteerError.
+    ``service`` and ``engine`` where those options are not.  Raises QsteerError.
     """
     from qsteer import config, links
 
     args = qemuargs.parse(command)
-    specs = runplan.parse_taps(taps, config.load(), vm or args.name)
+    specs = runplan.parse_taps(taps, config.load(), vm or args.name, engine)
     if not specs:
         raise UsageError("run wants a --tap", hint="such as --tap id=net0,queues=4")
     if not command:
@@ -104,6 +105,8 @@ def run(
                 hint="choose another name with --vm",
             )
 
+    if maker.name and any(nic.in_kernel is not None for nic in plan.nics):
+        raise UnsupportedError(f"{maker.name} sets no in-kernel RSS", hint="--engine ebpf; or run as root")
     if plan.vm is None and any(nic.mac is None and not nic.spec.ifname for nic in plan.nics):
         nameless = "the VM has no name: a MAC is made of the tap's, and may be another one next time; see --vm"
         plan = replace(plan, notes=(*plan.notes, nameless))
@@ -117,9 +120,10 @@ def run(
 def _execute(plan: RunPlan, maker: Provider, binary: str, identity: Identity | None, *, quiet: bool) -> NoReturn:
     with contextlib.ExitStack() as stack:
         taps: list[ready.ReadyTap] = []
-        for order in runplan.orders(plan):
-            taps.append(maker.make(order))
-            stack.callback(taps[-1].close)
+        for nic, order in zip(plan.nics, runplan.orders(plan), strict=True):
+            tap = maker.make(order)
+            stack.callback(tap.close)
+            taps.append(tap if nic.in_kernel is None else ready.steer_in_kernel(tap, nic.in_kernel))
         if not quiet:
             rows = [HEADINGS, *(row(nic, tap) for nic, tap in zip(plan.nics, taps, strict=True))]
             print(columns(rows), *plan.notes, f"QEMU runs as {_who(identity)}", sep="\n", file=sys.stderr, flush=True)

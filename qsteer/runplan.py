@@ -18,11 +18,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qsteer import qemuargs
 from qsteer.errors import UnsupportedError, UsageError
+from qsteer.model import Engine
+from qsteer.plan import Static
 from qsteer.qemuargs import Device, QemuArgs
 from qsteer.settings import Config, Settings
 
@@ -67,7 +69,10 @@ class Rss(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TapSpec:
-    """One ``--tap``.  An empty ``ifname`` lets the kernel choose, an empty ``bridge`` joins none."""
+    """One ``--tap``.  An empty ``ifname`` lets the kernel choose, an empty ``bridge`` joins none.
+
+    ``in_kernel`` is what tun itself is to steer by, None where a program steers.
+    """
 
     id: str
     queues: int
@@ -77,6 +82,7 @@ class TapSpec:
     mtu: int | None = None
     vhost: Vhost = Vhost.AUTO
     rss: Rss = Rss.AUTO
+    in_kernel: Static | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +90,8 @@ class Nic:
     """One NIC of the plan.
 
     ``device`` is the user's own -device for it, if there is one, ``types`` the types of its driver's properties,
-    ``gains`` the properties that qsteer gives it.  ``steered`` says whether a program is loaded and passed to QEMU.
-    ``mac`` is None where qsteer makes it.
+    ``gains`` the properties that qsteer gives it.  ``steered`` says whether a program is loaded and passed to QEMU,
+    ``in_kernel`` by what tun itself steers, None where it does not.  ``mac`` is None where qsteer makes it.
     """
 
     spec: TapSpec
@@ -95,6 +101,7 @@ class Nic:
     steered: bool
     mac: str | None
     gains: tuple[str, ...]
+    in_kernel: Static | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,15 +145,26 @@ class NicHandles:
     mac: str
 
 
-def parse_taps(texts: Sequence[str], config: Config = NOTHING_SET, vm: str | None = None) -> tuple[TapSpec, ...]:
-    """The --tap options of a VM together, over what is configured for it.  Raises UsageError."""
-    specs = tuple(parse_tap(text, config, vm) for text in texts)
+def parse_taps(
+    texts: Sequence[str], config: Config = NOTHING_SET, vm: str | None = None, engine: str | None = None
+) -> tuple[TapSpec, ...]:
+    """The --tap options of a VM together, over what is configured for it; ``engine`` is --engine's.
+
+    Raises UsageError.
+    """
+    specs = tuple(_with_engine(parse_tap(text, config, vm), config, vm, engine) for text in texts)
     for what in ("id", "ifname", "mac"):
         values = [value for spec in specs if (value := getattr(spec, what))]
         for value in values:
             if values.count(value) > 1:
                 raise UsageError(f"two --tap with {what}={value}")
     return specs
+
+
+def _with_engine(spec: TapSpec, config: Config, vm: str | None, engine: str | None) -> TapSpec:
+    said = config.settings(vm=vm, nics=[spec.id], mac=spec.mac, dev=spec.ifname or None, bridge=spec.bridge or None)
+    in_kernel = (engine or said.engine) == Engine.KERNEL
+    return replace(spec, in_kernel=said.static) if in_kernel else spec
 
 
 def parse_tap(text: str, config: Config = NOTHING_SET, vm: str | None = None) -> TapSpec:
@@ -279,6 +297,8 @@ def tap_steps(nic: Nic, *, bridge_mtu: int | None) -> tuple[str, ...]:
         steps.append(f"set {tap} up" + (f", MTU {spec.mtu}" if spec.mtu else ""))
     if nic.steered:
         steps.append(f"load a steering program for {tap}")
+    if nic.in_kernel is not None:
+        steps.append(f"set in-kernel RSS for {tap}")
     if nic.vhost:
         steps.append(f"open /dev/vhost-net {spec.queues} times")
     return tuple(steps)
@@ -304,15 +324,18 @@ def plan_nic(
 
     own = qemuargs.defaults_of(args, driver) | (dict(device.properties) if device else {})
     own_rss = qemuargs.parse_bool(own.get("rss"))
+    in_kernel = spec.in_kernel if spec.queues > 1 else None
     wants_rss = spec.queues > 1 and spec.rss is not Rss.OFF and own_rss is not False
     ignores_program = probe.version[:2] >= _VHOST_IGNORES_PROGRAM
-    vhost = _vhost(spec, vhost_available, wants_rss and ignores_program)
-    steered = wants_rss and not (vhost and ignores_program)
+    vhost = _vhost(spec, vhost_available, in_kernel is None and wants_rss and ignores_program)
+    steered = in_kernel is None and wants_rss and not (vhost and ignores_program)
     if steered:
         _check_steerable(spec, own, types, probe)
-
-    lost_vhost = spec.vhost is Vhost.AUTO and vhost_available and not vhost
-    notes = _notes(spec, own, version=probe.version_text, steered=steered, lost_vhost=lost_vhost)
+    if in_kernel is None:
+        lost_vhost = spec.vhost is Vhost.AUTO and vhost_available and not vhost
+        notes = _notes(spec, own, version=probe.version_text, steered=steered, lost_vhost=lost_vhost)
+    else:
+        notes = (_check_in_kernel(spec, offered=bool(own_rss) or spec.rss is Rss.ON, vhost=vhost),)
     wanted = ["mac"]
     if spec.queues > 1:
         wanted += ("mq", "vectors")
@@ -328,6 +351,7 @@ def plan_nic(
         types=types,
         vhost=vhost,
         steered=steered,
+        in_kernel=in_kernel,
         mac=_given_mac(spec, own),
         gains=tuple(key for key in wanted if key in types and key not in own),
     )
@@ -369,6 +393,18 @@ def _check_steerable(spec: TapSpec, own: Mapping[str, object], types: Mapping[st
             f'-device for netdev "{spec.id}" has ebpf-rss-fds of its own',
             hint="leave them out, or say rss=off in --tap",
         )
+
+
+def _check_in_kernel(spec: TapSpec, *, offered: bool, vhost: bool) -> str:
+    """What to know of a NIC that tun itself steers.  Raises UnsupportedError where QEMU would undo that."""
+    if not offered:
+        return "steered by tun itself, by a table of the host's; the guest is offered no RSS"
+    if not vhost:
+        raise UnsupportedError(
+            f"{spec.id}: QEMU steers in software with rss=on and without vhost, and undoes in-kernel RSS",
+            hint="rss=off, or --engine ebpf",
+        )
+    return "steered by tun itself, by a table of the host's, until qsteer keep --allow pause follows the guest's"
 
 
 def _notes(

@@ -160,6 +160,10 @@ def lines_of(said: Settings) -> list[str]:
     """The lines of an entry but for the source: what ``apply`` has options for."""
     static = said.static
     lines = []
+    if said.engine is not None:
+        lines.append(f'engine = "{said.engine}"')
+    if said.hash_report:
+        lines.append("hash-report = true")
     if static.types is not None:
         lines.append(f"types = {_array(format_hash_types(static.types))}")
     if static.key is not None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final, Literal
 
-from qsteer.model import Source
+from qsteer.model import Engine, Source
 from qsteer.plan import Static, Wanted
 
 if TYPE_CHECKING:
@@ -31,12 +31,15 @@ _SPECIAL = frozenset("*?[")
 class Settings:
     """What is said about one NIC; None, and an empty ``static``, where nothing is.
 
-    ``source``, ``static``, ``allow``, ``replace`` and ``force`` are those of ``apply`` and ``keep``.  ``queues``,
+    ``source``, ``engine``, ``hash_report``, ``static``, ``allow``, ``replace`` and ``force`` are those of ``apply`` and
+    ``keep``.  ``queues``,
     ``vhost``, ``rss``, ``bridge`` ("" is none) and ``mtu`` are what ``run``, ``plug`` and qsteer-ifup make, and
     ``required`` is qsteer-ifup's: no steering, no VM.
     """
 
     source: Source | Literal["auto"] | None = None
+    engine: Engine | Literal["auto"] | None = None
+    hash_report: bool | None = None
     static: Static = _NOTHING
     allow: tuple[str, ...] | None = None
     replace: bool | None = None
@@ -81,6 +84,8 @@ def wanted(
     source = settings.source if isinstance(settings.source, Source) and not refresh else None
     return Wanted(
         source=source,
+        engine=settings.engine if isinstance(settings.engine, Engine) else None,
+        report=bool(settings.hash_report),
         static=settings.static if source else Static(),
         replace=bool(settings.replace),
         force=bool(settings.force),
@@ -144,7 +149,7 @@ class Serve:
     timeout_s: float = 2.0
 
 
-METADATA_WORDS = ("source", "table", "key", "types", "unclassified-queue", "required", "pause")
+METADATA_WORDS = ("source", "engine", "table", "key", "types", "unclassified-queue", "required", "pause")
 """What a policy in a libvirt domain can ask for; ``table`` is ``equal`` and ``weight``, too."""
 
 

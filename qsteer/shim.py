@@ -5,9 +5,11 @@ import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from qsteer._shim import ffi, lib
 from qsteer.errors import PermissionDeniedError, UnsupportedError, from_errno
+from qsteer.rss import RssConfig
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,20 @@ def _missing_capabilities() -> str:
 def string(chars: object) -> str:
     """A char array of C's as text."""
     return bytes(ffi.string(chars)).decode(errors="replace")
+
+
+def raw_config(config: RssConfig) -> tuple[Any, bytes, Any]:
+    """Configuration, key and table as the C side wants them."""
+    raw = ffi.new(
+        "struct qs_rss_config *",
+        {
+            "redirect": 1,
+            "hash_types": int(config.types),
+            "indirections_len": len(config.table),
+            "default_queue": config.unclassified_queue,
+        },
+    )
+    return raw, config.key, ffi.new(f"uint16_t[{lib.QS_TABLE_ENTRIES}]", config.table)
 
 
 def out_fd(call: Callable[[object], int], message: str, hint: str = "") -> int:

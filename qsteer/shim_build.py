@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Builds ``qsteer._shim`` out of c/shim.c, c/stub.c and c/hints.c (cffi, API mode).
+"""Builds ``qsteer._shim`` out of c/shim.c, c/stub.c, c/hints.c and c/vnet_hash.c (cffi, API mode).
 
 The declarations name what Python uses; the C compiler fills in every number, size and offset (``...``), so that none is
 written down twice.
@@ -26,6 +26,7 @@ ffi.cdef("""
 #define IFF_TAP ...
 #define IFF_MULTI_QUEUE ...
 #define IFF_PERSIST ...
+#define IFF_VNET_HDR ...
 #define CAP_NET_ADMIN ...
 #define CAP_PERFMON ...
 #define CAP_BPF ...
@@ -60,10 +61,24 @@ struct qs_queue {
     uint32_t active;
     uint32_t disabled;
     uint64_t attachment;
+    uint64_t vnet_hash;
     uint16_t queue_index;
     uint16_t detached;
+    uint32_t header;
     char comm[16];
     char tap[16];
+    ...;
+};
+struct qs_vnet_hash {
+    uint32_t netns;
+    uint32_t ifindex;
+    uint8_t rss;
+    uint8_t report;
+    uint16_t unclassified_queue;
+    uint32_t types;
+    uint32_t entries;
+    uint8_t key[...];
+    uint16_t table[...];
     ...;
 };
 struct qs_program { int prog_fd; int config_fd; int key_fd; int table_fd; uint32_t id; ...; };
@@ -127,7 +142,8 @@ int qs_program_run(int prog_fd, const void *packet, uint32_t len, uint32_t repea
 struct qs_tun_iter;
 int qs_tun_iter_open(const char *object, int tun_fd, struct qs_tun_iter **iter);
 void qs_tun_iter_close(struct qs_tun_iter *iter);
-int qs_tun_iter_read(struct qs_tun_iter *iter, int pid, struct qs_queue **queues, size_t *count);
+int qs_tun_iter_read(struct qs_tun_iter *iter, int pid, void **records, size_t *size);
+int qs_tun_tells_vnet_hash(struct qs_tun_iter *iter, int *tells);
 void qs_free(void *memory);
 int qs_tun_digest_devices(struct qs_tun_iter *iter, uint64_t *digest);
 int qs_tun_digest_holders(struct qs_tun_iter *iter, uint64_t *digest);
@@ -139,6 +155,23 @@ int qs_bpf_events_read(struct qs_bpf_events *events, struct qs_bpf_event *into, 
 void qs_bpf_events_close(struct qs_bpf_events *events);
 int qs_uevents_open(int netns_fd, int *fd);
 int qs_uevents_read(int fd, int *hint);
+
+struct qs_vnet_can { uint32_t abi; uint32_t types; uint8_t rss; uint8_t report; ...; };
+struct qs_vnet_probe {
+    struct qs_vnet_can can;
+    uint8_t steers;
+    uint8_t reports;
+    uint8_t exclusive;
+    uint8_t strict;
+    ...;
+};
+#define QS_VNET_ABI_3 ...
+#define QS_VNET_ABI_12 ...
+int qs_vnet_can(int fd, struct qs_vnet_can *can);
+int qs_vnet_rss(int fd, uint32_t abi, const struct qs_rss_config *config, const uint8_t *key, const uint16_t *table,
+                int report);
+int qs_vnet_automq(int fd, uint32_t abi, uint32_t types);
+int qs_vnet_probe(struct qs_vnet_probe *found);
 """)
 
 ffi.set_source(
@@ -152,11 +185,15 @@ ffi.set_source(
     #include "hints.h"
     #include "shim.h"
     #include "stub.h"
+    #include "vnet_hash.h"
     static const uint64_t qs_magic = QS_MAGIC;
     """,
-    sources=["c/hints.c", "c/shim.c", "c/stub.c"],
+    sources=["c/hints.c", "c/shim.c", "c/stub.c", "c/vnet_hash.c"],
     include_dirs=["c"],
-    depends=["c/auto.h", "c/hints.h", "c/shim.h", "c/stub.h", "c/bpf/abi.h", "c/bpf/handover.h", "c/bpf/toeplitz.h"],
+    depends=[
+        *("c/auto.h", "c/hints.h", "c/shim.h", "c/stub.h", "c/vnet_hash.h"),
+        *("c/bpf/abi.h", "c/bpf/handover.h", "c/bpf/toeplitz.h"),
+    ],
     libraries=["bpf"],
     extra_compile_args=["-O2", "-Wall", "-Werror"],
     py_limited_api=True,

@@ -3,7 +3,7 @@
 
 import enum
 
-from qsteer.model import Kind, ProgramInfo, Reading, Source, Tap
+from qsteer.model import Engine, Kind, ProgramInfo, Reading, Source, Steering, Tap
 from qsteer.rss import RssConfig
 
 
@@ -25,7 +25,10 @@ def state(tap: Tap) -> str:
     if tap.program_id and not tap.program:
         return "steered, no right to see by whom"
     if tap.program:
-        return _state_steered(tap, tap.program)
+        below = bool(tap.vnet_hash and tap.vnet_hash.rss)
+        return _state_steered(tap, tap.program) + ("; in-kernel RSS waits below it" if below else "")
+    if tap.steering:
+        return _state_in_kernel(tap, tap.steering)
     if tap.hold:
         return "held off"
     if not tap.steerable:
@@ -55,10 +58,20 @@ def _state_steered(tap: Tap, program: ProgramInfo) -> str:
     return "ok"
 
 
+def _state_in_kernel(tap: Tap, steering: Steering) -> str:
+    if steering.kind is not Kind.QSTEER:
+        return "in-kernel RSS that somebody else has set"
+    if steering.source is Source.STATIC and tap.steered_in_software:
+        return "undone: QEMU steers in software"
+    return "ok, but on hold: keep leaves it alone" if tap.hold else "ok"
+
+
 def broken(tap: Tap) -> bool:
-    """Whether what is attached does not work."""
-    ident = tap.program.ident if tap.program else None
-    return bool(ident and (not tap.body_present or (ident.source is Source.STATIC and tap.steered_in_software)))
+    """Whether what steers does not work."""
+    steering = tap.steering
+    if not steering or steering.kind is not Kind.QSTEER:
+        return False
+    return not steering.works or (steering.source is Source.STATIC and tap.steered_in_software)
 
 
 def agrees(tap: Tap) -> Agrees:
@@ -80,7 +93,7 @@ def agrees(tap: Tap) -> Agrees:
     if _moved_by_qemu(tap):
         return Agrees.YES
     for held in tap.held:
-        if held.content and held.content.enabled and held.content.config and tap.program:
+        if held.content and held.content.enabled and held.content.config and tap.steering:
             return _same(tap, held.content.config, exact_types=True)
     return Agrees.UNKNOWN
 
@@ -92,8 +105,8 @@ def _moved_by_qemu(tap: Tap) -> bool:
 
 def _was_asked(tap: Tap) -> bool:
     """Whether what is attached is what the guest said when it was asked."""
-    source = tap.program.ident.source if tap.program and tap.program.ident else None
-    return source is not None and source.is_asked
+    steering = tap.steering
+    return bool(steering and steering.kind is Kind.QSTEER and steering.source and steering.source.is_asked)
 
 
 def _agrees_with(tap: Tap, reading: Reading) -> Agrees:
@@ -106,12 +119,12 @@ def _agrees_with(tap: Tap, reading: Reading) -> Agrees:
 
 
 def _same(tap: Tap, asked: RssConfig, *, exact_types: bool) -> Agrees:
-    """Whether the attached program has the configuration that is asked for."""
-    if not tap.program_id:
+    """Whether what steers has the configuration that is asked for."""
+    if not tap.steering:
         return Agrees.NO
-    if not tap.content:
+    if tap.steering.engine is Engine.EBPF and not tap.content:
         return Agrees.UNKNOWN
-    found = tap.content.config if tap.content.enabled else None
+    found = tap.steering.config
     if not found:
         return Agrees.NO
     same = (found.key, found.table) == (asked.key, asked.table)

@@ -24,8 +24,8 @@ it would have found by itself:
 
 from dataclasses import dataclass, replace
 
-from qsteer.model import Kind, Nic, Reading, Source, Tap
-from qsteer.plan import Attach, Plan, Static, Wanted, readings_wanted
+from qsteer.model import Engine, Kind, Nic, Reading, Source, Tap, VnetHash
+from qsteer.plan import Attach, Plan, SetRss, Static, Wanted, readings_wanted
 from qsteer.rss import RssConfig
 
 _MAPS = frozenset({Source.SHARED_MAPS, Source.QEMU_MAPS})
@@ -33,13 +33,16 @@ _MAPS = frozenset({Source.SHARED_MAPS, Source.QEMU_MAPS})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """``program_id`` is the last program that was looked at for what it holds; ``settled``: was as wanted before.
+    """What was last looked at for what it holds is ``program_id``, or where that is 0 ``rss``.
 
-    Either ``static`` or ``reading`` is what comes back when the program is taken off.  ``asked``: QEMU or the guest was
-    asked, and ``unread`` says why in vain; ``nic`` is what QEMU told of a NIC that its command line does not have.
+    ``settled``: was as wanted before.  Either ``static`` or ``reading``, by ``engine``, is what comes back when it is
+    taken off.  ``asked``: QEMU or the guest was asked, and ``unread`` says why in vain; ``nic`` is what QEMU told of a
+    NIC that its command line does not have.
     """
 
     program_id: int = 0
+    rss: VnetHash | None = None
+    engine: Engine | None = None
     settled: bool = False
     static: RssConfig | None = None
     reading: Reading | None = None
@@ -58,21 +61,22 @@ class Decision:
 
 def remember(memory: Memory, tap: Tap, wanted: Wanted) -> Memory:
     """The memory after a look at what is attached."""
-    program = tap.program
-    if not program or program.id == memory.program_id or program.kind is Kind.FOREIGN:
+    steering = tap.steering
+    if not steering or steering.kind in (None, Kind.FOREIGN):
         return memory
-    config = tap.content.config if tap.content and tap.content.enabled else None
-    source = program.ident.source if program.ident else Source.QEMU_MAPS
+    seen = replace(memory, program_id=tap.program_id, rss=None if tap.program_id else tap.vnet_hash)
+    if seen == memory:
+        return memory
+    seen = replace(seen, engine=steering.engine)
+    source, config = steering.source, steering.config
     if source in _MAPS:
         # From here on the guest is followed, unless the operator's own table is what is wanted.
-        if wanted.source is Source.STATIC:
-            return replace(memory, program_id=program.id)
-        return replace(memory, program_id=program.id, static=None, reading=None)
+        return seen if wanted.source is Source.STATIC else replace(seen, static=None, reading=None)
     if not config:
         return memory
     if source and source.is_asked:
-        return replace(memory, program_id=program.id, static=None, reading=Reading(source=source, config=config))
-    return replace(memory, program_id=program.id, static=config, reading=None)
+        return replace(seen, static=None, reading=Reading(source=source, config=config))
+    return replace(seen, static=config, reading=None)
 
 
 def answered(memory: Memory, tap: Tap) -> Memory:
@@ -89,13 +93,19 @@ def failed(memory: Memory, why: str) -> Memory:
 
 def done(memory: Memory, plan: Plan, program_id: int) -> Memory:
     """The memory after a plan was carried out, or had nothing to do: the tap is as wanted."""
-    steps = [step for step in plan.steps if isinstance(step, Attach)]
-    if not steps:
-        return replace(memory, settled=True)
-    step = steps[-1]
-    if step.source is Source.STATIC:
-        return replace(memory, settled=True, program_id=program_id, static=step.config, reading=None)
-    return replace(memory, settled=True, program_id=program_id, static=None)
+    memory = replace(memory, settled=True)
+    for step in plan.steps:
+        match step:
+            case Attach(config=config, source=source):
+                memory = replace(memory, program_id=program_id, rss=None)
+            case SetRss(rss=VnetHash(config=config, source=source) as rss):
+                memory = replace(memory, program_id=program_id, rss=rss)
+            case _:
+                continue
+        memory = replace(memory, engine=plan.engine, static=None)
+        if source is Source.STATIC:
+            memory = replace(memory, static=config, reading=None)
+    return memory
 
 
 def known(memory: Memory, tap: Tap) -> Tap:
@@ -110,25 +120,27 @@ def rewanted(memory: Memory) -> Memory:
 
 def decide(memory: Memory, tap: Tap, wanted: Wanted) -> Decision:
     """What to do about a tap that nobody holds off."""
-    program = tap.program
+    steering = tap.steering
     tap = known(memory, tap)
     if wanted.identify and not memory.asked:
         return Decision(ask=(tap, wanted))
-    explicit = wanted.source is not None
-    if not program or program.kind is Kind.FOREIGN:
+    if not steering or steering.kind in (None, Kind.FOREIGN):
         return _restore(memory, tap, wanted)
-    if program.kind is Kind.QEMU:
+    if steering.kind is Kind.QEMU:
         leave = wanted.source in (None, Source.QEMU_MAPS) and memory.settled
         return _restore(memory, tap, replace(wanted, replace=wanted.replace and not leave))
-    if explicit and not memory.settled:
+    other_engine = wanted.engine not in (None, steering.engine)
+    if not memory.settled and (wanted.source or other_engine or wanted.report):
         return _with_reading(memory, tap, wanted)
-    source = program.ident.source if program.ident else None
+    wanted = _by_the_engine(wanted, steering.engine)
+    source = steering.source
     if source and source.is_asked:
         return _with_reading(memory, tap, _from(source, tap, wanted))
-    if tap.body_present:
+    if steering.works:
         return Decision()
     # What lost its body is loaded again with what it holds.
-    return Decision(plan=(tap, Wanted(source=Source.STATIC if source is Source.STATIC else None, force=True)))
+    source = Source.STATIC if source is Source.STATIC else None
+    return Decision(plan=(tap, Wanted(source=source, engine=wanted.engine, force=True)))
 
 
 def _restore(memory: Memory, tap: Tap, wanted: Wanted) -> Decision:
@@ -142,12 +154,26 @@ def _restore(memory: Memory, tap: Tap, wanted: Wanted) -> Decision:
             unclassified_queue=config.unclassified_queue,
         )
         # It was there before, so somebody wanted it, be it against what QEMU does in software.
-        return Decision(plan=(tap, Wanted(source=Source.STATIC, static=static, replace=wanted.replace, force=True)))
+        again = Wanted(
+            source=Source.STATIC,
+            engine=_by_the_engine(wanted, memory.engine).engine,
+            report=wanted.report,
+            static=static,
+            replace=wanted.replace,
+            force=True,
+        )
+        return Decision(plan=(tap, again))
     if memory.reading:
+        wanted = _by_the_engine(wanted, memory.engine)
         return _with_reading(memory, tap, _from(memory.reading.source, tap, wanted))
     if memory.settled and wanted.source in _MAPS:
         wanted = replace(wanted, source=None)
     return _with_reading(memory, tap, wanted)
+
+
+def _by_the_engine(wanted: Wanted, engine: Engine | None) -> Wanted:
+    """By the engine that steered before: somebody chose it, be it ``auto``."""
+    return replace(wanted, engine=wanted.engine or engine)
 
 
 def _from(source: Source | None, tap: Tap, wanted: Wanted) -> Wanted:

@@ -312,9 +312,9 @@ def libvirt_set(given: argparse.Namespace) -> int:
 
     virsh = Virsh(given.domain, given.connect)
     said = replace(options.settings(given), required=given.required)
-    if bool(given.clear) == (said != type(said)() or given.engine is not None):
+    if bool(given.clear) == (said != type(said)()):
         raise UsageError("say what is wanted, or --clear", hint="qsteer libvirt set DOMAIN --equal 4; see --help")
-    written = domains.plan_set(virsh, alias=given.nic, mac=given.mac, said=said, engine=given.engine, clear=given.clear)
+    written = domains.plan_set(virsh, alias=given.nic, mac=given.mac, said=said, clear=given.clear)
     if not given.dry_run:
         domains.write(virsh, written)
     if given.json:
@@ -389,6 +389,7 @@ def run(given: argparse.Namespace) -> int:
         dry_run=given.dry_run,
         quiet=given.quiet,
         service=given.service,
+        engine=given.engine,
         command=argv,
     )
     if given.json:

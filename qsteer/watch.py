@@ -64,13 +64,18 @@ PROGRAM_CHANGES = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attached:
-    """The program on a tap; ``kind`` is None where looking at it takes a right that is missing."""
+    """The program on a tap; ``kind`` is None where looking at it takes a right that is missing.
+
+    ``id`` is 0 for in-kernel RSS, whose ``kind`` is QSTEER or FOREIGN.
+    """
 
     id: int
     kind: Kind | None
     name: str = ""
 
     def __str__(self) -> str:
+        if not self.id:
+            return "in-kernel RSS" if self.kind is Kind.QSTEER else f"{self.kind} in-kernel RSS"
         if self.kind is Kind.QSTEER or not self.kind:
             return str(self.id)
         return f'{self.kind} {self.id} "{self.name}"' if self.name else f"{self.kind} {self.id}"
@@ -143,7 +148,7 @@ def event(
 def attached(tap: Tap) -> Attached | None:
     """What steers a tap, as events name it."""
     if not tap.program_id:
-        return None
+        return Attached(id=0, kind=tap.steering.kind) if tap.steering else None
     program = tap.program
     return Attached(id=tap.program_id, kind=program.kind if program else None, name=program.name if program else "")
 
@@ -180,7 +185,8 @@ def _of_tap(was: Tap | None, now: Tap | None) -> Iterator[Event]:
     if not was or not now:
         if now:
             queues = Queues(active=now.active, attached=now.attached)
-            steered = f"steered by program {attached(now)}" if now.program_id else "not steered"
+            by = f"program {attached(now)}" if now.program_id else attached(now)
+            steered = f"steered by {by}" if by else "not steered"
             yield event(What.TAP_APPEARED, now, new=queues, detail=steered)
         elif was:
             yield event(What.TAP_GONE, was)
@@ -194,11 +200,13 @@ def _of_tap(was: Tap | None, now: Tap | None) -> Iterator[Event]:
 
 
 def _of_program(was: Tap, now: Tap) -> Iterator[Event]:
-    if was.program_id != now.program_id:
-        what = What.REPLACED if was.program_id and now.program_id else What.ATTACHED
-        yield event(what if now.program_id else What.DETACHED, now, old=attached(was), new=attached(now))
+    old, new = was.steering, now.steering
+    if was.program_id != now.program_id or bool(old) != bool(new):
+        what = What.REPLACED if old and new else What.ATTACHED
+        yield event(what if new else What.DETACHED, now, old=attached(was), new=attached(now))
         return
     if not now.program_id:
+        yield from _of_rss(was, now)
         return
     # QEMU attaches its program after each RSS command of the guest.
     again = attachment(was) and attachment(was) != attachment(now)
@@ -210,6 +218,14 @@ def _of_program(was: Tap, now: Tap) -> Iterator[Event]:
     if was.body_present != now.body_present:
         what = What.BODY_BACK if now.body_present else What.BODY_GONE
         yield event(what, now, old=attached(was), new=attached(now))
+
+
+def _of_rss(was: Tap, now: Tap) -> Iterator[Event]:
+    """Of in-kernel RSS, that is there before and after."""
+    if was.steering and now.steering and was.vnet_hash != now.vnet_hash:
+        old, new = (MapsContent(enabled=True, config=one.config) for one in (was.steering, now.steering))
+        detail = f"somebody set {_difference(old, new)}" if now.steering.kind is not Kind.QSTEER else ""
+        yield event(What.CONFIGURATION, now, old=old, new=new, detail=detail or _difference(old, new))
 
 
 def attachment(tap: Tap) -> int:
@@ -287,7 +303,7 @@ def to_json(told: Event, *, time: str) -> Json:
 def _side(side: Attached | Queues | MapsContent | None) -> Json | None:
     match side:
         case Attached():
-            return {"program": side.id, "kind": side.kind}
+            return {"program": side.id or None, "kind": side.kind}
         case Queues():
             return {"active": side.active, "attached": side.attached}
         case MapsContent():

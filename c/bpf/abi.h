@@ -115,6 +115,7 @@ struct qs_frozen {
 struct qs_queue {
 	__u64 file;	  /* tells two fds of one open file from two queues */
 	__u64 attachment; /* where the kernel keeps it: another one when replaced; 0 for none */
+	__u64 vnet_hash; /* changes with what tun hashes by itself (struct qs_vnet_hash); 0: nothing */
 	__u32 pid;
 	__u32 fd;
 	__u32 netns; /* inode number of the network namespace */
@@ -125,17 +126,36 @@ struct qs_queue {
 	__u32 disabled;
 	__u16 queue_index;
 	__u16 detached;
-	__u32 reserved;
+	__u32 header; /* bytes of the virtio-net header, where IFF_VNET_HDR is set */
 	char comm[16];
 	char tap[16];
 };
 
-_Static_assert(sizeof(struct qs_queue) == 88, "no hidden padding");
+_Static_assert(sizeof(struct qs_queue) == 96, "no hidden padding");
+
+/*
+ * What the tun device of one open queue hashes by itself, without a program, where a kernel can do
+ * that.  A table of more than QS_TABLE_ENTRIES entries is cut short.
+ */
+struct qs_vnet_hash {
+	__u32 netns;
+	__u32 ifindex;
+	__u8 rss; /* 0: automq chooses */
+	__u8 report;
+	__u16 unclassified_queue;
+	__u32 types;
+	__u32 entries; /* of the table */
+	__u8 key[QS_KEY_BYTES];
+	__u16 table[QS_TABLE_ENTRIES];
+};
+
+_Static_assert(sizeof(struct qs_vnet_hash) == 316, "no hidden padding");
 
 /* What the programs that look at tun devices keep between two runs. */
 struct qs_tun_state {
 	__u64 tun_fops; /* the address of tun's file operations, 0 until it is learnt */
 	__u64 digest;
+	__u64 tells_vnet_hash; /* this kernel's BTF has what c/bpf/tun_vnet.h reads */
 };
 
 #endif

@@ -110,6 +110,7 @@ struct tun_struct {
 	struct net_device *dev;
 	unsigned int numdisabled;
 	struct list_head disabled;
+	int vnet_hdr_sz;
 	struct tun_prog *steering_prog;
 };
 
@@ -121,6 +122,14 @@ struct tun_file {
 };
 
 #pragma clang attribute pop
+
+#define QS_FACTOR 0x9e3779b97f4a7c15ULL
+
+static __always_inline __u64 qs_fold(__u64 hash, __u64 word)
+{
+	hash = (hash ^ word) * QS_FACTOR;
+	return hash ^ hash >> 32;
+}
 
 const volatile __u32 learner_fd = 0;
 struct qs_tun_state state = {};

@@ -21,6 +21,7 @@
  * a program cannot take.  All reads are checked ones, and all loops are bounded: at worst a digest
  * is one of a state that never was, and the next one differs from it.
  */
+#include "tun_vnet.h"
 #include "tun.h"
 
 #include <linux/if_tun.h>
@@ -29,13 +30,6 @@
 #define QS_DEVICES_MAX (1 << 20)
 #define QS_QUEUES_MAX 256
 #define QS_DEVICE_ALIGN 32 /* NETDEV_ALIGN */
-#define QS_FACTOR 0x9e3779b97f4a7c15ULL
-
-static __always_inline __u64 qs_fold(__u64 hash, __u64 word)
-{
-	hash = (hash ^ word) * QS_FACTOR;
-	return hash ^ hash >> 32;
-}
 
 /* Every bit of the last word reaches every bit of what is summed. */
 static __always_inline __u64 qs_finish(__u64 hash)
@@ -120,6 +114,7 @@ static __always_inline void qs_add_device(struct qs_walk *walk, struct net_devic
 	hash = qs_fold(hash, (__u64)prog);
 	if (prog)
 		hash = qs_fold(hash, BPF_CORE_READ(prog, prog, aux, id));
+	hash = qs_fold(hash, qs_vnet_hash_digest(tun));
 	state.digest += qs_finish(qs_fold_queues(hash, tun));
 }
 

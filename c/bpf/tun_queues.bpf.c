@@ -9,10 +9,10 @@
  * whoever reads drops the rest.  Only the reader's own fds are all reported: it asks for one of
  * them by number.
  */
+#include "tun_vnet.h"
 #include "tun.h"
 
 #define QS_RECENT 4096 /* a power of two; more than the queues of one process */
-#define QS_FACTOR 0x9e3779b97f4a7c15ULL
 
 struct bpf_iter_meta___session {
 	__u64 session_id; /* another one in every run */
@@ -67,6 +67,7 @@ int qsteer_tun_queues(struct bpf_iter__task_file *ctx)
 	q.netns = BPF_CORE_READ(dev, nd_net.net, ns.inum);
 	q.ifindex = BPF_CORE_READ(dev, ifindex);
 	q.flags = BPF_CORE_READ(tun, flags);
+	q.header = BPF_CORE_READ(tun, vnet_hdr_sz);
 	q.active = BPF_CORE_READ(tun, numqueues);
 	q.disabled = BPF_CORE_READ(tun, numdisabled);
 	q.queue_index = BPF_CORE_READ(tfile, queue_index);
@@ -75,6 +76,7 @@ int qsteer_tun_queues(struct bpf_iter__task_file *ctx)
 	q.attachment = (__u64)prog;
 	if (prog)
 		q.prog_id = BPF_CORE_READ(prog, prog, aux, id);
+	q.vnet_hash = qs_vnet_hash_digest(tun);
 	BPF_CORE_READ_STR_INTO(&q.comm, task, group_leader, comm);
 	BPF_CORE_READ_STR_INTO(&q.tap, dev, name);
 	/* Where the reader's buffer is full, the kernel comes again with the same file. */

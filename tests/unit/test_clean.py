@@ -9,7 +9,7 @@ from qsteer.clean import Body, Cleaned, Found, Item, Record
 TOP = Path("/pins")
 UNUSED = Body(path=TOP / "v1/bodies-a", map_id=1, users=())
 USED = Body(path=TOP / "v2/bodies-b", map_id=2, users=(7, 8))
-HALF = Record(path=Path("/run/holds/1-1.new"), what="hold, half written", pid=None)
+HALF = Record(path=Path("/run/holds/1-1.new"), what="hold, half written", goes="its process has ended")
 DIRECTORIES = (TOP, TOP / "v1", TOP / "v2", Path("/run/holds"))
 
 

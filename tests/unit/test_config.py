@@ -235,9 +235,9 @@ def test_the_example_is_without_mistake_and_says_all_there_is() -> None:
         ("[libvirt]\nmetadata = 'source'\n", '2: metadata: an array is wanted, not "source" ([..., ...])'),
         (
             "[libvirt]\nmetadata = ['source',\n'equal']\n",
-            '2: metadata: "equal" is none of source, table, key, types, un',
+            '2: metadata: "equal" is none of source, engine, table, key, ty',
         ),
-        ("[libvirt]\nmetadata = [1]\n", "2: metadata: 1 is none of source, table"),
+        ("[libvirt]\nmetadata = [1]\n", "2: metadata: 1 is none of source, engine"),
         ("[libvirt]\nmetdata = []\n", '2: unknown key "metdata" in libvirt (did you mean "metadata"?)'),
         ("[libvirt]\nhook = 1\n", '2: unknown key "hook" in libvirt (known here: steer, metadata)'),
         ("[libvrt]\n", '1: unknown key "libvrt" (did you mean "libvirt"?)'),

@@ -12,7 +12,7 @@ from lxml import etree
 
 from qsteer import domainpolicy, libvirt
 from qsteer.domainpolicy import INTERFACES_MAX, MISTAKES_MAX, NAMESPACE, Entry, Policy, limited, parse, to_xml
-from qsteer.model import Source
+from qsteer.model import Engine, Source
 from qsteer.plan import Static
 from qsteer.rss import HashType, equal_table, weighted_table
 from qsteer.settings import AUTO, METADATA_WORDS, Libvirt, Settings
@@ -61,6 +61,7 @@ GOOD = {
     "alias and MAC": nic(f'alias="net0" mac="{MAC}"'),
     **{f"source {source}": nic(f'source="{source}"') for source in (AUTO, *Source)},
     "engine auto": nic('engine="auto"'),
+    "engine kernel": nic('engine="kernel"'),
     "engine ebpf": nic('engine="ebpf" source="guest-agent"'),
     "all types": nic('types="ip4,tcp4,udp4,ip6,tcp6,udp6,ip-ex,tcp-ex,udp-ex"'),
     "types as ethtool's users write them": nic('types=" TCP4 , Udp_Ex"'),
@@ -187,7 +188,7 @@ VALUES = {
     "alias": ("net0", "a b", "", "&#xa0;", "&#9;"),
     "mac": (MAC, "52:54:00:aa:bb", ""),
     "source": ("auto", "static", "guest-agent", " static", "x"),
-    "engine": ("auto", "ebpf", "EBPF"),
+    "engine": ("auto", "ebpf", "kernel", "EBPF"),
     "types": ("tcp4", "ip-ex, UDP6", "none", "", "None", "tcp-4", "tcp4;udp4"),
     "key": (HEX, KEY.hex(), HEX[:-1], HEX + " ", KEY.hex() + "0", ":" + HEX),
     "table": ("0,1", "3", "", "1,", " 65535 , 0", "1,1.5", "0x1,0", "1_0"),
@@ -247,8 +248,8 @@ def test_parser_and_schema_agree_on_keys() -> None:
 def test_all_that_can_be_said_of_a_nic() -> None:
     (entry,) = parsed(GOOD["all of it"]).entries
     static = Static(types=HashType.TCP4, key=KEY, table=(0, 1), unclassified_queue=3)
-    settings = Settings(source=Source.STATIC, static=static, allow=("pause",), required=False)
-    assert entry == Entry(alias="net0", mac=MAC, engine="ebpf", settings=settings)
+    settings = Settings(source=Source.STATIC, engine=Engine.EBPF, static=static, allow=("pause",), required=False)
+    assert entry == Entry(alias="net0", mac=MAC, settings=settings)
 
 
 def test_short_forms() -> None:
@@ -286,6 +287,7 @@ def any_settings(numbers: random.Random) -> Settings:
         static = Static()
     return Settings(
         source=Source.STATIC if static else numbers.choice((None, AUTO, *Source)),
+        engine=numbers.choice((None, AUTO, *Engine)),
         static=static,
         allow=numbers.choice((None, ("pause",))),
         required=numbers.choice((None, True, False)),
@@ -299,7 +301,6 @@ def test_what_is_written_is_read_again() -> None:
             Entry(
                 alias=numbers.choice((None, "net0", "ua-1", "a&<>\"' b", "ä", "x" * 1024)),
                 mac=numbers.choice((None, MAC)),
-                engine=numbers.choice((None, "auto", "ebpf")),
                 settings=any_settings(numbers),
             )
             for _ in range(numbers.choice((0, 1, 2, 5, INTERFACES_MAX)))
@@ -391,6 +392,7 @@ def test_whether_an_entry_is_about_an_alias_or_a_mac() -> None:
 
 WORDS: dict[str, tuple[Settings, ...]] = {
     "source": (Settings(source=AUTO), Settings(source=Source.STATIC), Settings(source=Source.GUEST_AGENT)),
+    "engine": (Settings(engine=AUTO), Settings(engine=Engine.EBPF), Settings(engine=Engine.KERNEL)),
     "table": (said('equal="2"'), said('table="0"'), said('weight="0,1"')),
     "key": (said(f'key="{HEX}"'),),
     "types": (said('types="tcp4"'), said('types="none"')),
@@ -402,7 +404,9 @@ WORDS: dict[str, tuple[Settings, ...]] = {
 
 def test_each_word_has_its_cases() -> None:
     assert WORDS.keys() == set(METADATA_WORDS)
-    everything = (said(f'types="tcp4" key="{HEX}" equal="2" unclassified-queue="1" allow="pause" required="yes"'),)
+    everything = (
+        said(f'engine="kernel" types="tcp4" key="{HEX}" equal="2" unclassified-queue="1" allow="pause" required="yes"'),
+    )
     refused = {word for one in (*everything, *WORDS["source"]) for word in limited(one, ())[1]}
     assert refused == set(METADATA_WORDS)
 

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,7 +15,7 @@ from qsteer import __main__, cli, config, domainpolicy, domains, ethtool, virsh
 from qsteer.domainpolicy import INTERFACES_MAX, NAMESPACE, Entry, Policy
 from qsteer.domains import Written, plan_set
 from qsteer.errors import BusyError, NotFoundError, QsteerError, UnsupportedError, UsageError
-from qsteer.model import Source
+from qsteer.model import Engine, Source
 from qsteer.plan import Static
 from qsteer.rss import HashType, RssConfig, equal_table
 from qsteer.settings import AUTO, Settings
@@ -67,11 +68,10 @@ def plan(
     *,
     alias: str | None = None,
     mac: str | None = None,
-    engine: str | None = None,
     clear: bool = False,
 ) -> Written:
     """What is written, where that is the same everywhere."""
-    (written,) = plan_set(fake, alias=alias, mac=mac, said=said or Settings(), engine=engine, clear=clear)
+    (written,) = plan_set(fake, alias=alias, mac=mac, said=said or Settings(), clear=clear)
     return written
 
 
@@ -94,7 +94,7 @@ TWO = xml(nic(MAC), nic(OTHER))
 EQUAL = static(table=equal_table(2))
 TYPES = static(types=HashType.TCP4)
 OF_ALL, OF_NET0 = Entry(settings=TYPES), Entry(alias="net0", settings=EQUAL)
-OF_MAC = Entry(mac=OTHER, engine="ebpf", settings=Settings(source=Source.GUEST_AGENT))
+OF_MAC = Entry(mac=OTHER, settings=Settings(source=Source.GUEST_AGENT, engine=Engine.EBPF))
 
 CHANGES: dict[str, tuple[Policy, Entry, bool, Policy]] = {
     # what there is, what is said, --clear: what comes of it
@@ -121,7 +121,7 @@ CHANGES: dict[str, tuple[Policy, Entry, bool, Policy]] = {
         Policy(entries=(Entry(alias="net0", settings=Settings(source=AUTO)),)),
     ),
     "several of one NIC become one": (
-        Policy(entries=(OF_NET0, OF_ALL, Entry(alias="net0", engine="auto", settings=Settings(allow=("pause",))))),
+        Policy(entries=(OF_NET0, OF_ALL, Entry(alias="net0", settings=Settings(engine=AUTO, allow=("pause",))))),
         Entry(alias="net0", settings=Settings(required=False)),
         False,
         Policy(
@@ -129,8 +129,7 @@ CHANGES: dict[str, tuple[Policy, Entry, bool, Policy]] = {
                 OF_ALL,
                 Entry(
                     alias="net0",
-                    engine="auto",
-                    settings=Settings(source=Source.STATIC, static=EQUAL.static, allow=("pause",), required=False),
+                    settings=replace(EQUAL, engine=AUTO, allow=("pause",), required=False),
                 ),
             )
         ),
@@ -139,27 +138,25 @@ CHANGES: dict[str, tuple[Policy, Entry, bool, Policy]] = {
         Policy(entries=(OF_MAC,)),
         Entry(mac=OTHER, settings=Settings(allow=("pause",))),
         False,
-        Policy(
-            entries=(Entry(mac=OTHER, engine="ebpf", settings=Settings(source=Source.GUEST_AGENT, allow=("pause",))),)
-        ),
+        Policy(entries=(Entry(mac=OTHER, settings=replace(OF_MAC.settings, allow=("pause",))),)),
     ),
     "the last engine": (
         Policy(
             entries=(
-                Entry(alias="net0", engine="ebpf", settings=EQUAL),
-                Entry(alias="net0", engine="auto", settings=Settings()),
+                Entry(alias="net0", settings=replace(EQUAL, engine=Engine.EBPF)),
+                Entry(alias="net0", settings=Settings(engine=AUTO)),
                 Entry(alias="net0", settings=Settings()),
             )
         ),
         OF_NET0,
         False,
-        Policy(entries=(Entry(alias="net0", engine="auto", settings=EQUAL),)),
+        Policy(entries=(Entry(alias="net0", settings=replace(EQUAL, engine=AUTO)),)),
     ),
     "another engine": (
         Policy(entries=(OF_MAC,)),
-        Entry(mac=OTHER, engine="auto", settings=Settings()),
+        Entry(mac=OTHER, settings=Settings(engine=Engine.KERNEL)),
         False,
-        Policy(entries=(Entry(mac=OTHER, engine="auto", settings=OF_MAC.settings),)),
+        Policy(entries=(Entry(mac=OTHER, settings=replace(OF_MAC.settings, engine=Engine.KERNEL)),)),
     ),
     "an alias with a MAC is another": (
         Policy(entries=(Entry(alias="net0", mac=MAC, settings=TYPES),)),
@@ -210,7 +207,6 @@ def test_what_is_written(case: str) -> None:
         entry.settings,
         alias=entry.alias,
         mac=entry.mac,
-        engine=entry.engine,
         clear=clear,
     )
     assert policy_of(written) == after
@@ -254,7 +250,7 @@ def test_what_runs_and_what_is_kept_may_say_different_things() -> None:
         xml(nic(MAC, "net0"), policy=Policy(entries=(OF_ALL,))), xml(nic(MAC), policy=Policy(entries=(OF_NET0,)))
     )
     said = Settings(required=True)
-    kept, live = plan_set(fake, alias=None, mac=None, said=said, engine=None, clear=False)
+    kept, live = plan_set(fake, alias=None, mac=None, said=said, clear=False)
     assert (kept.live, kept.config, live.live, live.config) == (False, True, True, False)
     assert policy_of(kept) == Policy(required=True, entries=(OF_NET0,))
     assert policy_of(live) == Policy(required=True, entries=(OF_ALL,))
