@@ -239,6 +239,8 @@ static int qs_send(const struct qs_tap *tap, const struct qs_known *known, int *
 		for (int i = 0; i < QS_QUEUES; i++) {
 			if (!(ready[i].revents & POLLIN))
 				continue;
+			/* Where nothing is reported, tun may leave the end of the header alone. */
+			memset(got, 0, sizeof(got));
 			/* The kernel sends some of its own: to find routers, say. */
 			if (read(tap->fds[i], got, sizeof(got)) != QS_HEADER + QS_FRAME ||
 			    memcmp(got + QS_HEADER, frame, QS_FRAME))

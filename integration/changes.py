@@ -3,14 +3,17 @@
 
     python -m integration.changes [--changes 10000] [--commands 50] [--build BUILD] [--sabotage detach|mixed]
     python -m integration.changes --guest [--changes 100]
+    python -m integration.changes --engines [--changes 1000]
 
 Takes root.  The first changes a static configuration on a tap of 16 queues: a new program, attached over the old one,
 as ``qsteer apply`` does it; then some by ``qsteer apply`` itself.  The second is about a guest that changes its own
-(windows.py).  How packets are judged is said in numbered.py.
+(windows.py).  The third is for a kernel whose tun hashes by itself: the engine changes each time, by the plan that
+``qsteer apply`` makes, and the configuration every other time.  How packets are judged is said in numbered.py.
 """
 
 import argparse
 import contextlib
+import itertools
 import os
 import random
 import subprocess
@@ -24,9 +27,11 @@ from integration.apt import ProvisionError
 from integration.guest import GuestError, ordinary_user
 from integration.numbered import Mapping, Traffic, TrafficError, Verdict, judge, off_the_senders_cpu, queues_of
 from integration.provision import provision, readable_by
-from qsteer import kernel, programs
+from qsteer import execute, kernel, programs
+from qsteer.attached import tap_of
 from qsteer.errors import BusyError, QsteerError
-from qsteer.model import Build, Source
+from qsteer.model import Build, Engine, Source
+from qsteer.plan import Static, Wanted, plan_apply
 from qsteer.render import columns
 from qsteer.rss import BASE_TYPES, KEY_BYTES, HashType, RssConfig, format_hash_types, format_key
 from tests.kernel import support
@@ -43,17 +48,20 @@ another table is attached in between.
 SABOTAGED = 10
 """Every how many changes."""
 
+OVER_IP4 = (BASE_TYPES, HashType.TCP4, HashType.IP4 | HashType.IP6, HashType.UDP4 | HashType.TCP6)
+"""Such that every generation of in-kernel RSS can do them."""
 _MAC = bytes.fromhex("525400005101")
 
 
-def random_config(rng: random.Random) -> RssConfig:
-    """Any key; any table, periodic ones among them; mostly all hash types."""
+def random_config(rng: random.Random, types: Sequence[HashType] = ()) -> RssConfig:
+    """Any key; any table, periodic ones among them; mostly all hash types, or one of ``types``."""
     length = 1 << rng.randrange(8)
     period = rng.choice([part for part in (1, 2, 4, 16, 128) if part <= length])
     table = [rng.randrange(QUEUES) for _ in range(period)] * (length // period)
-    types = rng.choice((BASE_TYPES, BASE_TYPES, HashType(rng.randrange(1, sum(HashType) + 1))))
+    any_types = (BASE_TYPES, BASE_TYPES, HashType(rng.randrange(1, sum(HashType) + 1)))
+    chosen = rng.choice(types or any_types)
     return RssConfig(
-        types=types, key=rng.randbytes(KEY_BYTES), table=tuple(table), unclassified_queue=rng.randrange(QUEUES)
+        types=chosen, key=rng.randbytes(KEY_BYTES), table=tuple(table), unclassified_queue=rng.randrange(QUEUES)
     )
 
 
@@ -155,6 +163,32 @@ def change_by_command(changes: int, seed: int) -> Outcome:
     return _under_traffic("qsteer apply", changes, change)
 
 
+def change_engines(changes: int, seed: int) -> Outcome:
+    """From a program to in-kernel RSS and back.  Raises QsteerError, TrafficError."""
+    rng = random.Random(seed)
+    engines = itertools.cycle((Engine.KERNEL, Engine.EBPF))
+    config = random_config(rng, OVER_IP4)
+
+    def change(changed: Changed, number: int) -> None:
+        nonlocal config
+        if number % 2 == 0:
+            config = random_config(rng, OVER_IP4)
+        engine = next(engines)
+        changed.traffic.collect()
+        changed.traffic.wait_for_packet()
+        tap = tap_of(kernel.queue_of(changed.tap.open.fds[0]))
+        plan = plan_apply(tap, Wanted(source=Source.STATIC, engine=engine, static=static_of(config)))
+        with changed.traffic.flowing(PAUSE_S), changed.attaching(queues_of(config, _MAC, QUEUES)):
+            execute.execute(plan)
+
+    return _under_traffic("another engine", changes, change)
+
+
+def static_of(config: RssConfig) -> Static:
+    """What asks for all of a configuration."""
+    return Static(types=config.types, key=config.key, table=config.table, unclassified_queue=config.unclassified_queue)
+
+
 def _given(config: RssConfig) -> tuple[str, ...]:
     return (
         *("--types", ",".join(format_hash_types(config.types)), "--key", format_key(config.key)),
@@ -218,6 +252,7 @@ def main() -> int:
     parser.add_argument("--commands", type=int, default=50, help="how many by the command line (50)")
     parser.add_argument("--build", choices=tuple(Build), type=Build, help="default: the one that qsteer chooses")
     parser.add_argument("--sabotage", choices=SABOTAGES, default="", help="do it wrongly: has to be found")
+    parser.add_argument("--engines", action="store_true", help="another engine each time (1000)")
     parser.add_argument("--guest", action="store_true", help="a guest changes what it wants, through QEMU")
     parser.add_argument("--seed", type=int, default=1, help="for other configurations")
     given = parser.parse_args()
@@ -234,6 +269,10 @@ def main() -> int:
 
 def _static(given: argparse.Namespace) -> int:
     outcomes = []
+    if given.engines:
+        outcomes.append(change_engines(given.changes or 1000, given.seed))
+        print(table(outcomes))
+        return 0 if outcomes[0].holds else 1
     if given.changes != 0:
         changes = given.changes or 10_000
         outcomes.append(change_directly(changes, given.seed, build=given.build, sabotage=given.sabotage))

@@ -187,7 +187,7 @@ class _Change:
                 holds.put(hold, netns=self._tap.netns, ifindex=self._tap.ifindex)
             case RemoveHold():
                 self._changes_file(self._hold)
-                self._hold.remove()
+                holds.remove(netns=self._tap.netns, ifindex=self._tap.ifindex)
 
     @property
     def _hold(self) -> TapFile:
@@ -197,8 +197,7 @@ class _Change:
         """Whether tun hashes as it was told to.  Raises ConflictError."""
         if not found.vnet_hash and not self._rss:
             return
-        now = self._rss_now(found)
-        if (now.content if now else None) != (self._rss.content if self._rss else None):
+        if marks.digest(self._rss_now(found)) != marks.digest(self._rss):
             raise ConflictError(f'tap "{self._tap.name}" has another in-kernel RSS: something else changes it, too')
 
     def _rss_now(self, queue: OpenQueue) -> VnetHash | None:
@@ -221,8 +220,7 @@ class _Change:
 
     def _put_rss_back(self, rss: VnetHash | None, before: VnetHash | None) -> None:
         """Back to what was set before, unless something else has been set since."""
-        now = self._rss_now(kernel.queue_of(self._fd))
-        if (now.content if now else None) != (rss.content if rss else None):
+        if marks.digest(self._rss_now(kernel.queue_of(self._fd))) != marks.digest(rss):
             return
         if before and before.config:
             hashing.set_rss(self._fd, self._generation(), before.config, report=before.report)

@@ -59,6 +59,11 @@ def file(*, netns: int, ifindex: int) -> TapFile:
     return TapFile(RUNTIME / "holds", "hold", netns, ifindex)
 
 
+def remove(*, netns: int, ifindex: int) -> None:
+    """Forget the hold on a tap.  Raises QsteerError."""
+    file(netns=netns, ifindex=ifindex).remove()
+
+
 def forget_ended() -> None:
     """Remove the holds whose processes are gone, and what a qsteer that was killed had half written.
 

@@ -357,7 +357,7 @@ def _take_off(call: _Call) -> None:
     """Take qsteer's program off, and forget the hold.  Raises QsteerError."""
     with execute.lock(LOCK_S):
         queue = _queue(call)
-        holds.file(netns=queue.netns, ifindex=queue.ifindex).remove()
+        holds.remove(netns=queue.netns, ifindex=queue.ifindex)
         tap = _tap(call, queue)
         if tap.steering and tap.steering.kind is not Kind.QSTEER:
             program = f"program {tap.program_id}" if tap.program_id else "in-kernel RSS"

@@ -48,6 +48,13 @@ def known_types(bits: int) -> HashType:
     return HashType(bits & int(ALL_TYPES))
 
 
+def key_bytes_used(types: HashType) -> int:
+    """How much of a key the hash of the longest input of these types depends on: 4 bytes and as many as the input."""
+    over_ports = HashType.TCP6 | HashType.UDP6 | HashType.TCP_EX | HashType.UDP_EX
+    inputs = ((over_ports, 36), (HashType.IP6 | HashType.IP_EX, 32), (HashType.TCP4 | HashType.UDP4, 12))
+    return 4 + next((length for kinds, length in inputs if types & kinds), 8)
+
+
 def parse_hash_types(text: str) -> HashType:
     """``"tcp4,udp4,ip4"`` as bits.  Raises UsageError on a name that is not a hash type."""
     types = HashType(0)

@@ -272,7 +272,7 @@ def text(told: Event) -> str:
     who = f"{vm} (pid {told.pid})" if told.pid else vm
     parts = [f"{who} {told.tap}" if told.tap else who]
     if isinstance(told.old, Attached) or isinstance(told.new, Attached):
-        parts.append(f"program {told.old or 'none'} -> {told.new or 'none'}")
+        parts.append(_steers(told.old, told.new))
     elif isinstance(told.old, Queues):
         parts.append(f"queues {told.old} -> {told.new}")
     elif isinstance(told.new, Queues):
@@ -282,6 +282,16 @@ def text(told: Event) -> str:
     if told.detail:
         parts.append(told.detail)
     return printable(": ".join(parts))
+
+
+def _steers(old: object, new: object) -> str:
+    """What steered, and what does: ``program 1 -> 2``, or with in-kernel RSS ``program 1 -> in-kernel RSS``."""
+    if all(not isinstance(side, Attached) or side.id for side in (old, new)):
+        return f"program {old or 'none'} -> {new or 'none'}"
+    sides = (
+        f"program {side}" if isinstance(side, Attached) and side.id else str(side or "nothing") for side in (old, new)
+    )
+    return " -> ".join(sides)
 
 
 def to_json(told: Event, *, time: str) -> Json:

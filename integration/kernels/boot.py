@@ -11,10 +11,12 @@ can lose bytes, and its exit status says little.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from pathlib import Path
 from integration import apt, provision
 from integration.apt import ProvisionError, say
 from integration.guest import Guest, GuestError
-from integration.kernels import disk
+from integration.kernels import disk, inside
 from integration.kernels.table import Kernel
 from integration.provision import BUILD, CHECKOUT, Provisioned
 
@@ -73,12 +75,17 @@ def unpacked(kernel: Kernel) -> Image:
             partial = Path(name) / "kernel"
             apt.unpack(archives, partial)
             _as_virtme_ng_wants_it(partial)
-            (partial / "version").write_text(archives[0].name.split("_")[1].replace("%3a", ":"))
+            (partial / "version").write_text(version_of(archives[0]))
             partial.rename(root)
     image = next(root.glob("boot/vmlinuz-*"))
     return Image(
         image=image, release=image.name.removeprefix("vmlinuz-"), version=(root / "version").read_text().strip()
     )
+
+
+def version_of(archive: Path) -> str:
+    """The version of a package, out of the name that apt gave its file."""
+    return archive.name.split("_")[1].replace("%3a", ":")
 
 
 def _as_virtme_ng_wants_it(root: Path) -> None:
@@ -105,10 +112,11 @@ def accelerator(files: Provisioned) -> str:
     return "kvm"
 
 
-def run(kernel: Kernel, command: Sequence[str], *, shared: Path, timeout_s: float) -> Outcome:
+def run(kernel: Kernel, command: Sequence[str], *, shared: Path, timeout_s: float, tun: Path | None = None) -> Outcome:
     """Run ``command`` as root in the checkout under ``kernel``; it may write to the folder ``shared``.
 
-    What it prints is shown as it comes.  A virtual machine that does not end in time is killed.  Raises ProvisionError.
+    ``tun`` is a module that is loaded in place of the kernel's own (``patched.module``).  What is printed is shown as
+    it comes.  A virtual machine that does not end in time is killed.  Raises ProvisionError.
     """
     apt.install_packages(PACKAGES)
     files = provision.provision()
@@ -122,16 +130,19 @@ def run(kernel: Kernel, command: Sequence[str], *, shared: Path, timeout_s: floa
         raise ProvisionError(f"{vng} is missing (pip install virtme-ng)")
     files_image = BUILD / "kernels" / f"{kernel.name}.img"
     disk.make(files_image, empty=shared)
+    if tun:  # the disk has nothing of build/kernels
+        shutil.copy(tun, shared / inside.TUN)
     # Not on the kernel's command line, which ends after 2048 bytes.
-    (shared / "command.json").write_text(json.dumps(command))
-    inside = (sys.executable, "-m", "integration.kernels.inside", str(shared))
+    orders = inside.Orders(command=tuple(command), tun=bool(tun))
+    (shared / inside.ORDERS).write_text(json.dumps(dataclasses.asdict(orders)))
+    first = (sys.executable, "-m", "integration.kernels.inside", str(shared))
     argv = (
         *_GOES_WITH_US,
         *(str(vng), "--run", str(image.image), "--qemu", str(files.qemu)),
         *("--disable-microvm", "--force-9p", "--cpus", str(CPUS), "--memory", MEMORY, "--user", "root"),
         *("--rwdir", str(shared), "--cwd", str(CHECKOUT), f"--qemu-opts={disk.qemu_options(files_image)}"),
         *(() if accelerator(files) == "kvm" else ("--disable-kvm",)),
-        *("--exec", shlex.join(inside)),
+        *("--exec", shlex.join(first)),
     )
     path = f"{vng.parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
     with (

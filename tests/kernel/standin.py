@@ -25,7 +25,7 @@ _SLEEP = "import time; print('ready', flush=True); time.sleep(3600)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vm:
-    """``tap`` is named after the VM, and has QUEUES queues."""
+    """``tap`` is named after the VM, and has QUEUES queues if nobody says otherwise."""
 
     name: str
     pid: int
@@ -45,9 +45,9 @@ class Vm:
 
 
 @contextlib.contextmanager
-def vm(name: str, held: Program | None = None, *, called: str = "") -> Iterator[Vm]:
+def vm(name: str, held: Program | None = None, *, called: str = "", queues: int = QUEUES) -> Iterator[Vm]:
     """Started with a program of qsteer's, or without RSS; its name is its tap's, or what it is ``called``."""
-    with support.tap(name, QUEUES) as tap:
+    with support.tap(name, queues) as tap:
         fds = ":".join(map(str, tap.open.fds))
         argv = ["qemu-system-x86_64", "-name", called or name, "-netdev", f"tap,id=n0,fds={fds},vhost=off"]
         argv += ["-device", f"virtio-net-pci,netdev=n0,mq=on,rss={'on' if held else 'off'}"]

@@ -422,7 +422,7 @@ def hold(number: int) -> None:
 def test_a_hold_put_and_removed(namespace: str) -> None:
     with Signals(interval_s=INTERVAL_S) as watching:
         assert report_of(watching, lambda: hold(1)) < support.patience(1.0)
-        assert report_of(watching, lambda: holds.file(netns=1, ifindex=1).remove()) < support.patience(1.0)
+        assert report_of(watching, lambda: holds.remove(netns=1, ifindex=1)) < support.patience(1.0)
 
 
 def test_two_holds_at_one_time_of_the_file_system(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
