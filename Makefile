@@ -83,7 +83,7 @@ bench: build ## measure what steering costs, against return 0, no program, and Q
 	$(call as_root,$(VENV)/bin/python -m integration.bench $(BENCH_ARGS))
 
 test: build ## run all tests (needs root, directly or through sudo)
-	$(call as_root,$(VENV)/bin/python -m pytest -m "not compat" $(PYTEST_ARGS))
+	$(call as_root,$(VENV)/bin/python -m pytest -m "not compat and not patched and not decoy" $(PYTEST_ARGS))
 
 test-qemus: build ## what depends on the QEMU, with QEMU 7.2, 10.0 and 11.1 (fetches what is missing)
 	$(call as_root,$(VENV)/bin/python -m pytest -m compat $(PYTEST_ARGS))

@@ -80,8 +80,11 @@ def intent(options: argparse.Namespace, given: Settings) -> "Intent":
     """What ``apply`` and ``keep`` are asked for, by options over the configuration.  Raises UsageError."""
     from qsteer.intent import Intent
 
-    if options.refresh and (given.static or given.source not in (None, AUTO) or options.save):
-        raise UsageError("--refresh keeps the configuration: no source, no configuration and no --save go with it")
+    other = given.static or given.source not in (None, AUTO) or given.engine not in (None, AUTO) or given.hash_report
+    if options.refresh and (other or options.save):
+        raise UsageError(
+            "--refresh keeps the configuration: no source, no engine, no configuration and no --save go with it"
+        )
     return Intent(
         given,
         if_absent=options.if_absent,

@@ -17,6 +17,7 @@ from integration.bench import figures, machine, plot, qemu, random_order, report
 from integration.bench.contenders import (
     CAPBPF,
     FLOOR,
+    LABELS,
     PERIODIC,
     QEMU,
     SHARED_MAPS,
@@ -112,10 +113,9 @@ class Run:
                 every, tap, rounds=extent.rounds, packets=extent.packets, drain_cpu=self.drain_cpu
             )
         self.figures.update(figures.of_throughput(rates))
-        if rates.qemu_wrong:
-            self.notes.append(f"On a tap QEMU's program gives wrong queues for {_told(rates.qemu_wrong)}.")
-        else:
-            self.notes.append("On a tap QEMU's program gave the right queue for every packet.")
+        for name, wrong in rates.wrong.items():
+            came = f"wrong queues for {_told(wrong)}" if wrong else "the right queue for every packet"
+            self.notes.append(f"On a tap {LABELS[name]} gave {came}.")
         self.notes.append(f"Of the packets into the tap that was read {100 * rates.lost:.2f} % were lost.")
 
     def random_order(self, parts: Sequence[str]) -> None:

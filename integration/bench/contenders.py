@@ -35,6 +35,7 @@ PERIODIC = "periodic"
 SHARED_MAPS = "shared_maps"
 CAPBPF = "capbpf"
 SPREAD = "spread"
+KERNEL = "kernel"
 
 LABELS: Mapping[str, str] = {
     FLOOR: "return 0",
@@ -45,6 +46,7 @@ LABELS: Mapping[str, str] = {
     SHARED_MAPS: "qsteer shared-maps",
     CAPBPF: "qsteer complete, CAP_BPF alone",
     SPREAD: "qsteer static, over all queues",
+    KERNEL: "in-kernel RSS",
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from integration import provision
 from integration.agent_guest import with_agent
 from integration.apt import ProvisionError
-from integration.kernels import boot, document, record
+from integration.kernels import boot, document, hashing, record
 from integration.kernels.guests import QEMUS
 from integration.kernels.parts import ENVIRONMENT, PARTS
 from integration.kernels.table import KERNELS, Kernel
@@ -27,8 +27,8 @@ SHARED = BUILD / "kernels" / "shared"
 TIMEOUT_S = 5400.0
 VHOST_KERNEL = "6.12"
 VHOST_QEMUS = ("10.0", "11.1")
-PART_NAMES = ("tests", "rights", "guests", "vhost")
-WITH_GUESTS = frozenset(("guests", "vhost"))
+PART_NAMES = ("tests", "rights", "guests", "vhost", "hashing")
+WITH_GUESTS = frozenset(("guests", "vhost", "hashing"))
 
 
 class FailedError(Exception):
@@ -79,6 +79,16 @@ class Run:
             [name for name in VHOST_QEMUS if name in (self._options.qemu or VHOST_QEMUS)],
         )
 
+    def hashing(self, kernel: Kernel) -> None:
+        """In-kernel RSS of every generation, and what it costs.  Raises FailedError, ProvisionError."""
+        shared = SHARED / f"{kernel.name}-hashing"
+        outcome, rows = hashing.run(kernel, (*hashing.EVERY, "12"), shared=shared, more=tuple(hashing.MORE))
+        for row in rows:
+            found = row | {"kernel": boot.unpacked(kernel).release, "date": record.today()}
+            self.found["hashing"][str(row.get("generation") or next(iter(row)))] = found
+        if outcome.status != 0:
+            raise FailedError(f"hashing: {_last_line(outcome.output)}; see {shared / 'output'}")
+
     def rights(self, kernel: Kernel) -> None:
         """Which capability each verb needs.  Raises FailedError, ProvisionError."""
         self._inside(kernel, "rights", "rights", lambda row: kernel.name, ("--for-good",))
@@ -124,7 +134,7 @@ def main() -> int:
                 QEMUS[name]()
         for kernel in (kernel for kernel in KERNELS if kernel.name in (options.kernel or kernel.name)):
             for part in parts:
-                if part == "vhost" and kernel.name != VHOST_KERNEL:
+                if kernel.name != {"vhost": VHOST_KERNEL, "hashing": hashing.KERNEL}.get(part, kernel.name):
                     continue
                 began = time.monotonic()
                 print(f"kernels: {part} on Linux {boot.unpacked(kernel).release}", flush=True)
@@ -141,7 +151,7 @@ def main() -> int:
     if options.save:
         recorded = record.merged(record.load(record.RECORD), run.found)
         record.save(record.RECORD, recorded)
-        document.write(document.DOCUMENT, recorded)
+        document.write(recorded)
     for failure in failures:
         print(f"kernels: {failure}", file=sys.stderr)
     print(f"kernels: {'does not hold' if failures else 'all holds'}; results in {options.results}", flush=True)

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""docs/support.md: its tables are written from docs/support.json, between marks; the words around them stay."""
+"""docs/support.md and docs/in-kernel.md: their tables are written from docs/support.json, between marks.
+
+The words around them stay.
+"""
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
+from integration.bench.contenders import AUTOMQ, KERNEL, PERIODIC, QEMU, SHARED_MAPS, STATIC
+from integration.bench.contenders import LABELS as BENCH_LABELS
+from integration.bench.figures import path
+from integration.bench.report import FAMILY_LABELS
+from integration.kernels import hashing as hashing_of_kernels
 from integration.kernels.guests import QEMUS
 from integration.kernels.parts import PARTS
 from integration.kernels.record import Data
@@ -13,8 +20,10 @@ from integration.kernels.table import KERNELS
 from integration.provision import CHECKOUT
 
 DOCUMENT = CHECKOUT / "docs" / "support.md"
+IN_KERNEL = CHECKOUT / "docs" / "in-kernel.md"
 _ID = re.compile(r"(?<=[ -])\d{3,}\b|/run/tmp\w*(?=/)|[0-9a-f]{12}")
 """What is another in every run: ids, temporary folders."""
+LABELS = {"12": "v12", "11": "v11", "8": "v5-v9", "4": "v4", hashing_of_kernels.DECOY: "decoy"}
 SOURCES = ("shared-maps", "qemu-maps", "device-state", "guest-agent", "static")
 
 
@@ -29,6 +38,11 @@ def tables(data: Data) -> dict[str, str]:
     }
 
 
+def tables_in_kernel(data: Data) -> dict[str, str]:
+    """The same for docs/in-kernel.md."""
+    return {"tests": hashing(data["hashing"]), "bench": hashing_bench(data["hashing"])}
+
+
 def filled(text: str, texts: dict[str, str]) -> str:
     """The document with each table in its place.  Raises ValueError if a mark is missing."""
     for mark, table in texts.items():
@@ -40,8 +54,10 @@ def filled(text: str, texts: dict[str, str]) -> str:
     return text
 
 
-def write(path: Path, data: Data) -> None:
-    path.write_text(filled(path.read_text(), tables(data)))
+def write(data: Data) -> None:
+    """Both documents."""
+    for document, texts in ((DOCUMENT, tables(data)), (IN_KERNEL, tables_in_kernel(data))):
+        document.write_text(filled(document.read_text(), texts))
 
 
 def kernels(rows: dict[str, Any]) -> str:
@@ -134,6 +150,41 @@ def vhost(rows: dict[str, Any]) -> str:
                 f"{told['ratio']} ({low} to {high}, the quartiles of {told['rounds']} pairs by turns)."
             )
     return "\n".join([_markdown(lines), "", *words])
+
+
+def hashing(rows: dict[str, Any]) -> str:
+    """A column for each generation, a row for each test: how many cases of it passed."""
+    names = [name for name in hashing_of_kernels.EVERY if name in rows]
+    tests: dict[str, None] = {}
+    for name in names:
+        tests |= dict.fromkeys(case.partition("[")[0] for case in rows[name]["tests"])
+    lines: list[Sequence[str]] = [("", *(LABELS[name] for name in names))]
+    for test in tests:
+        ended = ([how for case, how in rows[name]["tests"].items() if case.partition("[")[0] == test] for name in names)
+        lines.append((test.removeprefix("test_").replace("_", " "), *(_ended(one) for one in ended)))
+    lines.append(("run on", *(rows[name]["date"] for name in names)))
+    return _markdown(lines)
+
+
+def _ended(cases: Sequence[str]) -> str:
+    bad = sum(how != "passed" for how in cases)
+    return f"**{bad} of {len(cases)} failed**" if bad else str(len(cases)) if cases else "-"
+
+
+def hashing_bench(rows: dict[str, Any]) -> str:
+    """Packets per second into a tap, as shares of those with a program that returns 0, and without any."""
+    figures: dict[str, Any] = rows.get("bench", {}).get("bench", {})
+    ways = (("nobody reads", ""), ("read by another processor", ".drained"))
+    heads = (f"{family}, {way}" for way, _ in ways for family in FAMILY_LABELS.values())
+    lines: list[Sequence[str]] = [("packets a second, of those with `return 0`", *heads)]
+    for name in (QEMU, AUTOMQ, STATIC, PERIODIC, SHARED_MAPS, KERNEL):
+        places = (path(f"tap.{family}{way}", name, "of_floor") for _, way in ways for family in FAMILY_LABELS)
+        lines.append((BENCH_LABELS[name], *(_share(figures.get(place)) for place in places)))
+    return _markdown(lines)
+
+
+def _share(figure: dict[str, Any] | None) -> str:
+    return f"{figure['value']:.2f} ±{figure['spread']:.2f}" if figure else "-"
 
 
 def rights(rows: dict[str, Any]) -> str:

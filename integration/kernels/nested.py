@@ -98,18 +98,21 @@ def qsteer(*arguments: str) -> Said:
     return Said(status=done.returncode, out=done.stdout, err=done.stderr)
 
 
-def run_options(name: str, nics: Sequence[Nic]) -> tuple[str, ...]:
+def run_options(name: str, nics: Sequence[Nic], engine: str = "auto") -> tuple[str, ...]:
     """The options of ``qsteer run``, QEMU's command line follows, for NICs that are passed to it."""
-    taps = (f"id={nic.tap},queues={QUEUES},ifname={nic.tap},vhost={nic.word},rss=on,mac={nic.mac}" for nic in nics)
-    options = (word for tap in taps for word in ("--tap", tap))
-    return ("--vm", name, *options, "--user", USER, "--")
+    options = []
+    for nic in nics:
+        rss = "on" if nic.rss else "off"
+        options += ["--tap", f"id={nic.tap},queues={QUEUES},ifname={nic.tap},vhost={nic.word},rss={rss},mac={nic.mac}"]
+    return ("--vm", name, *options, "--engine", engine, "--user", USER, "--")
 
 
 @contextlib.contextmanager
-def unprivileged(files: Provisioned, name: str, nics: Sequence[Nic]) -> Iterator[Vm]:
+def unprivileged(files: Provisioned, name: str, nics: Sequence[Nic], engine: str = "auto") -> Iterator[Vm]:
     """A guest whose QEMU is an ordinary user's; what is not ``passed`` comes as from libvirt, opened by somebody else.
 
-    ``files`` has a guest with an agent (``agent_guest.with_agent``).  Raises GuestError.
+    ``engine`` is that of ``qsteer run``, for what is passed.  ``files`` has a guest with an agent
+    (``agent_guest.with_agent``).  Raises GuestError.
     """
     passed = [nic for nic in nics if nic.passed]
     with contextlib.ExitStack() as stack:
@@ -126,7 +129,7 @@ def unprivileged(files: Provisioned, name: str, nics: Sequence[Nic]) -> Iterator
             backend = f"vhost=on,vhostfds={_colons(vhost)}" if nic.vhost else "vhost=off"
             arguments += _nic(nic, f"fds={_colons(tap.fds)},{backend}")
             fds += (*tap.fds, *vhost)
-        prefix = (*_QSTEER, "run", *run_options(name, passed)) if passed else as_user(USER)
+        prefix = (*_QSTEER, "run", *run_options(name, passed, engine)) if passed else as_user(USER)
         yield stack.enter_context(_booted(files, name, arguments, prefix=prefix, pass_fds=fds, opened=ours))
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """What was measured on which kernel: build/kernels/results.json has this checkout's runs, docs/support.json the record.
 
-Both are JSON objects of the same form: ``kernels`` by name, ``cells`` by "KERNEL QEMU VHOST SOURCE", ``vhost`` by QEMU
-and ``rights`` by kernel.  A run replaces what it measured anew, and leaves the rest.
+Both are JSON objects of the same form: ``kernels`` by name, ``cells`` by "KERNEL QEMU VHOST SOURCE", ``vhost`` by QEMU,
+``rights`` by kernel and ``hashing`` by the generation of in-kernel RSS.  A run replaces what it measured anew, and
+leaves the rest.
 """
 
 import datetime
@@ -22,7 +23,7 @@ RESULTS = BUILD / "kernels" / "results.json"
 RECORD = CHECKOUT / "docs" / "support.json"
 
 Data = dict[str, dict[str, Any]]
-SECTIONS = ("kernels", "cells", "vhost", "rights")
+SECTIONS = ("kernels", "cells", "vhost", "rights", "hashing")
 
 
 def empty() -> Data:
@@ -67,6 +68,15 @@ def of_tests(kernel: Kernel, image: Image, parts: Sequence[Part], report: Path) 
         "date": today(),
         "parts": {name: dict(count) for name, count in counts.items()},
     }
+
+
+def outcomes(report: Path) -> dict[str, str]:
+    """How each test of pytest's junit XML ended: ``passed``, ``failure``, ``error`` or ``skipped``."""
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        bad = [kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None]
+        found[case.get("name", "")] = bad[0] if bad else "passed"
+    return found
 
 
 def of_rights(found: Mapping[str, Any]) -> dict[str, Any]:

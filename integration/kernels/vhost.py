@@ -27,10 +27,12 @@ from integration import provision
 from integration.agent_guest import with_agent
 from integration.guest import GuestError
 from integration.kernels.guests import QEMUS
-from integration.kernels.nested import PATIENTLY, Nic, Vm, qsteer, unprivileged
+from integration.kernels.nested import PATIENTLY, Nic, Vm, unprivileged
+from integration.kernels.nested import qsteer as run_qsteer
 from integration.provision import Provisioned
 from integration.traffic import FLOWS, frame
 from qsteer import inventory
+from qsteer.model import Tap
 from qsteer.rss import RssConfig
 from tests.kernel.support import PATIENCE, links_up
 
@@ -52,50 +54,50 @@ class Show:
     """The phases of one QEMU, and what they came to."""
 
     def __init__(self, vm: Vm) -> None:
-        self._vm = vm
+        self.vm = vm
         self.phases: list[dict[str, Any]] = []
         self.throughput: dict[str, Any] = {}
 
     def passed(self) -> None:
         """QEMU got program and maps from ``qsteer run``, and does the rest."""
         for arguments in (_FIRST, _SECOND):
-            wanted = self._vm.ethtool(PASSED, arguments)
-            self._measure(f"qsteer run, shared-maps: {arguments}", PASSED, wanted)
-        self._qsteer("off", "--dev", PASSED.tap)
-        self._measure(f"qsteer off: {_SECOND}", PASSED, wanted, steered=False)
-        self._qsteer("apply", "--dev", PASSED.tap)
-        self._measure(f"qsteer apply, shared-maps: {_SECOND}", PASSED, wanted)
-        if self._vm.is_offered_rss(OFFERED):
+            wanted = self.vm.ethtool(PASSED, arguments)
+            self.measure(f"qsteer run, shared-maps: {arguments}", PASSED, wanted)
+        self.qsteer("off", "--dev", PASSED.tap)
+        self.measure(f"qsteer off: {_SECOND}", PASSED, wanted, steered=False)
+        self.qsteer("apply", "--dev", PASSED.tap)
+        self.measure(f"qsteer apply, shared-maps: {_SECOND}", PASSED, wanted)
+        if self.vm.is_offered_rss(OFFERED):
             raise DoesNotHoldError("QEMU 10.0 offers RSS with vhost=on and no program, which it did not")
 
     def offered(self) -> None:
         """The guest is offered RSS, nobody gives QEMU a program."""
-        wanted = self._vm.ethtool(OFFERED, _FIRST)
-        self._measure(f"without qsteer: {_FIRST}", OFFERED, wanted, steered=False)
+        wanted = self.vm.ethtool(OFFERED, _FIRST)
+        self.measure(f"without qsteer: {_FIRST}", OFFERED, wanted, steered=False)
         for source, options in (("device-state", ("--allow", "pause")), ("guest-agent", ())):
-            wanted = self._vm.ethtool(OFFERED, _FIRST)
-            self._qsteer("apply", "--dev", OFFERED.tap, "--source", source, *options, *PATIENTLY)
-            self._measure(f"qsteer apply, {source}: {_FIRST}", OFFERED, wanted)
-            with _keep("--dev", OFFERED.tap, "--source", source, "--reread", "1", *options, *PATIENTLY):
+            wanted = self.vm.ethtool(OFFERED, _FIRST)
+            self.qsteer("apply", "--dev", OFFERED.tap, "--source", source, *options, *PATIENTLY)
+            self.measure(f"qsteer apply, {source}: {_FIRST}", OFFERED, wanted)
+            with keep("--dev", OFFERED.tap, "--source", source, "--reread", "1", *options, *PATIENTLY):
                 for arguments in (_SECOND, _THIRD):
                     began = time.monotonic()
-                    wanted = self._vm.ethtool(OFFERED, arguments)
-                    self._wait_for(wanted)
+                    wanted = self.vm.ethtool(OFFERED, arguments)
+                    self.wait_for(OFFERED, wanted)
                     after_s = round(time.monotonic() - began, 1)
-                    self._measure(f"qsteer keep, {source}: {arguments}", OFFERED, wanted, followed_after_s=after_s)
-            self._qsteer("off", "--dev", OFFERED.tap)
-        self._measure(f"qsteer off: {_THIRD}", OFFERED, wanted, steered=False)
+                    self.measure(f"qsteer keep, {source}: {arguments}", OFFERED, wanted, followed_after_s=after_s)
+            self.qsteer("off", "--dev", OFFERED.tap)
+        self.measure(f"qsteer off: {_THIRD}", OFFERED, wanted, steered=False)
 
     def with_and_without(self, nic: Nic, *options: str) -> None:
         """Packets that the guest gets a second while the host sends what it can, by turns with steering and without."""
         counts: dict[str, list[float]] = {"with": [], "without": []}
-        self._vm.ethtool(nic, "equal 4")
-        self._qsteer("off", "--dev", nic.tap)
+        self.vm.ethtool(nic, "equal 4")
+        self.qsteer("off", "--dev", nic.tap)
         for _ in range(ROUNDS):
             counts["without"].append(self._rate(nic))
-            self._qsteer("apply", "--dev", nic.tap, *options)
+            self.qsteer("apply", "--dev", nic.tap, *options)
             counts["with"].append(self._rate(nic))
-            self._qsteer("off", "--dev", nic.tap)
+            self.qsteer("off", "--dev", nic.tap)
         ratios = sorted(got / bare for got, bare in zip(counts["with"], counts["without"], strict=True))
         quartiles = statistics.quantiles(ratios, n=4)
         self.throughput = {
@@ -106,8 +108,9 @@ class Show:
         }
         print(json.dumps(self.throughput), flush=True)
 
-    def _measure(self, name: str, nic: Nic, wanted: RssConfig, *, steered: bool = True, **more: float) -> None:
-        verdict = self._vm.verdict(nic, wanted, FLOWS)
+    def measure(self, name: str, nic: Nic, wanted: RssConfig, *, steered: bool = True, **more: float) -> None:
+        """Follow every flow, and note what came of it.  Raises DoesNotHoldError."""
+        verdict = self.vm.verdict(nic, wanted, FLOWS)
         phase = {"name": name, "steered": steered} | dataclasses.asdict(verdict) | more
         self.phases.append(phase)
         print(json.dumps(phase), flush=True)
@@ -118,7 +121,7 @@ class Show:
             raise DoesNotHoldError(f"{name}: all flows are right without qsteer, so that nothing is shown")
 
     def _rate(self, nic: Nic) -> float:
-        mac = self._vm.guest.mac(self._vm.device(nic))
+        mac = self.vm.guest.mac(self.vm.device(nic))
         frames = [frame(number, mac) for number in range(FLOWS)]
         links_up(nic.tap)
         before, began = self._received(nic), time.monotonic()
@@ -132,31 +135,39 @@ class Show:
         return (self._received(nic) - before) / took_s
 
     def _received(self, nic: Nic) -> int:
-        return int(self._vm.guest.run(f"cat /sys/class/net/{self._vm.device(nic)}/statistics/rx_packets"))
+        return int(self.vm.guest.run(f"cat /sys/class/net/{self.vm.device(nic)}/statistics/rx_packets"))
 
-    def _wait_for(self, wanted: RssConfig) -> None:
+    def wait_for(self, nic: Nic, wanted: RssConfig) -> None:
+        """Until what steers a NIC is what its guest asks for.  Raises DoesNotHoldError."""
         deadline = time.monotonic() + KEPT_WITHIN_S
-        while self._attached() != (wanted.key, wanted.table):
+        while _steered_by(nic) != (wanted.key, wanted.table):
             if time.monotonic() > deadline:
                 raise DoesNotHoldError(f"keep did not follow the guest within {KEPT_WITHIN_S:.0f} s")
             time.sleep(0.1)
 
     @staticmethod
-    def _attached() -> tuple[bytes, tuple[int, ...]] | None:
-        (tap,) = (tap for tap in inventory.fetch().taps if tap.name == OFFERED.tap)
-        config = tap.content.config if tap.content else None
-        return (config.key, config.table) if config else None
-
-    @staticmethod
-    def _qsteer(*arguments: str) -> None:
-        said = qsteer(*arguments)
+    def qsteer(*arguments: str) -> None:
+        """Run a command, which has to work.  Raises DoesNotHoldError."""
+        said = run_qsteer(*arguments)
         print(f"$ qsteer {' '.join(arguments)}: {said.status} {said.out.strip()} {said.line}", flush=True)
         if said.status:
             raise DoesNotHoldError(f"qsteer {' '.join(arguments)}: {said.line}")
 
 
+def tap_of(nic: Nic) -> Tap:
+    """The tap behind a NIC, as qsteer sees it."""
+    (tap,) = (tap for tap in inventory.fetch().taps if tap.name == nic.tap)
+    return tap
+
+
+def _steered_by(nic: Nic) -> tuple[bytes, tuple[int, ...]] | None:
+    steering = tap_of(nic).steering
+    return (steering.config.key, steering.config.table) if steering and steering.config else None
+
+
 @contextlib.contextmanager
-def _keep(*options: str) -> Iterator[None]:
+def keep(*options: str) -> Iterator[None]:
+    """``qsteer keep``, meanwhile."""
     with subprocess.Popen([sys.executable, "-m", "qsteer", "keep", *options]) as process:
         try:
             yield

@@ -21,7 +21,8 @@ from qsteer.errors import (
     UnsupportedError,
     UsageError,
 )
-from qsteer.model import Build, Process, Source
+from qsteer.model import Build, Engine, Process, Source
+from qsteer.plan import Static
 from qsteer.qmp import QemuProbe
 from qsteer.runplan import NicHandles, Rss, TapSpec, Vhost, make_plan, parse_tap, parse_taps, qemu_argv, stable_mac
 from qsteer.settings import Config, Entry, Match, Settings
@@ -100,6 +101,53 @@ def device_of(tap: str, device: str, **options: object) -> dict[str, object]:
     members = json.loads(argv[1])
     assert isinstance(members, dict)
     return members
+
+
+# --engine
+
+
+@pytest.mark.parametrize("vhost", ["off", "on"])
+def test_tun_itself_steers(vhost: str) -> None:
+    """The guest is offered no RSS, QEMU gets no program, and vhost costs nothing."""
+    specs = parse_taps((f"id=net0,queues=4,vhost={vhost}",), engine="kernel")
+    for probe in (QEMU_10_0, QEMU_11_1):
+        plan = make_plan(specs=specs, command=(QEMU,), probe=probe, vm="web1", vhost_available=True)
+        (nic,) = plan.nics
+        assert (nic.in_kernel, nic.steered, nic.vhost) == (Static(), False, vhost == "on")
+        assert nic.gains == ("mac", "mq", "vectors")
+        assert plan.notes == ("net0: steered by tun itself, by a table of the host's; the guest is offered no RSS",)
+        assert "set in-kernel RSS for the tap of net0" in runplan.tap_steps(nic, bridge_mtu=None)
+        assert "ebpf-rss-fds" not in " ".join(qemu_argv(plan, handles_of(plan)))
+
+
+def test_tun_itself_and_a_guest_that_is_offered_rss() -> None:
+    with_vhost = parse_taps(("id=net0,queues=4,rss=on,vhost=on",), engine="kernel")
+    plan = make_plan(specs=with_vhost, command=(QEMU,), probe=QEMU_11_1, vm="web1", vhost_available=True)
+    assert "rss" in plan.nics[0].gains and "until qsteer keep --allow pause follows" in plan.notes[0]
+    for spec, arguments in (
+        ("id=net0,queues=4,rss=on,vhost=off", ()),
+        ("id=net0,queues=4,vhost=off", ("-device", "virtio-net-pci,netdev=net0,rss=on")),
+    ):
+        with pytest.raises(UnsupportedError, match="steers in software with rss=on and without vhost"):
+            make_plan(
+                specs=parse_taps((spec,), engine="kernel"),
+                command=(QEMU, *arguments),
+                probe=QEMU_10_0,
+                vm="web1",
+                vhost_available=True,
+            )
+
+
+def test_an_engine_that_is_configured() -> None:
+    """With its table; the option goes over it, and one queue has nothing to steer."""
+    entry = Entry(match=Match(nic=("net0",)), settings=Settings(engine=Engine.KERNEL, static=Static(table=(1, 2))))
+    config = Config(entries=(entry,))
+    taps = ("id=net0,queues=4", "id=net1,queues=4")
+    assert [one.in_kernel for one in parse_taps(taps, config)] == [Static(table=(1, 2)), None]
+    assert [one.in_kernel for one in parse_taps(taps, config, engine="auto")] == [None, None]
+    single = parse_taps(("id=net0,queues=1",), config)
+    plan = make_plan(specs=single, command=(QEMU,), probe=QEMU_10_0, vm="web1", vhost_available=False)
+    assert plan.nics[0].in_kernel is None
 
 
 # --tap
