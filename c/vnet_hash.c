@@ -145,7 +145,7 @@ int qs_vnet_automq(int fd, __u32 abi, __u32 types)
 #define QS_ETH_TEST 0x9000
 #define QS_FRAME 80
 #define QS_SAME_PACKET_MS 200
-#define QS_PROBE_MS 3000
+#define QS_PROBE_MS 1500
 
 /* The key of the Toeplitz verification suite. */
 static const __u8 qs_known_key[QS_KEY_BYTES] = {

@@ -18,19 +18,21 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qsteer import holds, kernel, marks, namespaces, procs, programs, tapfiles, tuns
+from qsteer import holds, inventory, marks, procs, programs, tapfiles
 from qsteer._shim import ffi, lib
 from qsteer.errors import NotFoundError, PermissionDeniedError, UnsupportedError, from_errno, printable
+from qsteer.model import Tap
 from qsteer.shim import check
 
 _VERSION_DIRECTORY = re.compile(r"v[0-9]+")
 _PIN = re.compile(r"bodies-[0-9a-z-]+|removing-[0-9]+")
 _RECORD = re.compile(r"[0-9]+-[0-9]+")
-_DIRECTORIES = {"holds": "hold", "pauses": "stamp", marks.FOLDER: "mark"}
+_MARK = "mark"
+_DIRECTORIES = {"holds": "hold", "pauses": "stamp", marks.FOLDER: _MARK}
 _NOT_QSTEERS = "not qsteer's"
 
 
@@ -178,6 +180,9 @@ def fetch() -> Found:
                 records.append(record)
             else:
                 others.append(Path(entry.path))
+    if any(record.what == _MARK for record in records):
+        taps = inventory.fetch().taps
+        records = [_mark(record.path, taps) if record.what == _MARK else record for record in records]
     return Found(
         bodies=tuple(Body(path=path, map_id=map_id, users=users.get(map_id, ())) for path, map_id in pins.items()),
         records=tuple(records),
@@ -207,14 +212,14 @@ def _bodies_at(pin: Path) -> int | None:
 
 
 def _record(entry: os.DirEntry[str], what: str) -> Record | None:
-    """A hold, a stamp or a mark; None for a file that is none of them."""
+    """A hold or a stamp; a mark that is yet to be looked at; None for a file that is none of them."""
     path = Path(entry.path)
     if not entry.is_file(follow_symlinks=False) or not _RECORD.fullmatch(path.stem):
         return None
     if path.suffix == tapfiles.NEW:
         return Record(path=path, what=f"{what}, half written", goes="its process has ended")
-    if what == "mark":
-        return _mark(path)
+    if what == _MARK and not path.suffix:
+        return Record(path=path, what=what)
     process = None if path.suffix else _RECORDS[what](path)
     if not process:
         return None
@@ -225,15 +230,18 @@ def _record(entry: os.DirEntry[str], what: str) -> Record | None:
     return Record(path=path, what=what, goes="its process has ended")
 
 
-def _mark(path: Path) -> Record:
+def _mark(path: Path, taps: Iterable[Tap]) -> Record:
     """It counts where the kernel has the RSS that it is about; of a tap that nobody has open that cannot be seen."""
     netns, ifindex = map(int, path.name.split("-"))
-    rss = kernel.vnet_hashes().get((netns, ifindex))
-    if rss and marks.marked(rss, netns=netns, ifindex=ifindex).source:
-        return Record(path=path, what="mark", stays="its RSS is set")
-    if netns == namespaces.own() and any(tun.ifindex == ifindex and tun.persistent for tun in tuns.in_sysfs() or ()):
-        return Record(path=path, what="mark", stays="no process has its tap open, so that its RSS cannot be seen")
-    return Record(path=path, what="mark", goes="its RSS is gone")
+    for tap in taps:
+        if (tap.netns, tap.ifindex) == (netns, ifindex):
+            if tap.unheld:
+                return Record(
+                    path=path, what=_MARK, stays="no process has its tap open, so that its RSS cannot be seen"
+                )
+            if tap.vnet_hash and tap.vnet_hash.source:
+                return Record(path=path, what=_MARK, stays="its RSS is set")
+    return Record(path=path, what=_MARK, goes="its RSS is gone")
 
 
 def _of_hold(path: Path) -> tuple[int, int] | None:

@@ -292,7 +292,7 @@ class Keeper:
             care.retry_at = 0.0
         for one in told:
             off = one.what in (What.DETACHED, What.REPLACED)
-            if off and isinstance(one.old, Attached) and one.old.id == care.memory.program_id:
+            if off and isinstance(one.old, Attached) and _was_kept(one.old, care.memory):
                 care.lost, care.how = one.old, _how(care.tap, one)
             if one.what in _SPOKEN:
                 care.spoken = True
@@ -461,6 +461,11 @@ def _how(tap: Tap, happened: Event) -> str:
         by_qemu = tap.vm and isinstance(happened.old, Attached) and happened.old.id
         return "QEMU took it off" if by_qemu else "it was taken off"
     return f"{happened.new} was attached in its place"
+
+
+def _was_kept(old: Attached, memory: Memory) -> bool:
+    """Whether it is what was last looked at for what it holds: a program by its id, or RSS of tun's own."""
+    return old.id == memory.program_id and (bool(old.id) or old.kind is Kind.QSTEER)
 
 
 def _is_program(side: object, program_id: int) -> bool:

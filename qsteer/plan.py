@@ -333,7 +333,7 @@ def _steer(tap: Tap, wanted: Wanted, source: Source, config: RssConfig, notes: t
         steps = _beside_rss(tap, (Detach(),) if tap.program_id else (), SetRss(rss=rss))
     else:
         steps = _without_rss(tap, Attach(config=config, source=source, displaced=displaced))
-        if tap.program_id == 0 and tap.steering is None and tap.hashing.denied:
+        if tap.hashing.denied and not tap.steering:
             notes = (*notes, f"by a program: {tap.hashing.why_not}")
     return Plan(
         tap=tap,
@@ -356,7 +356,7 @@ def _beside_rss(tap: Tap, detach: tuple[Step, ...], set_rss: SetRss) -> tuple[St
 
 def _without_rss(tap: Tap, attach: Step) -> tuple[Step, ...]:
     """Attach a program, and take RSS off that would wait below it, or is in its way."""
-    if not (tap.vnet_hash and tap.vnet_hash.rss):
+    if not _clears(tap):
         return (attach,)
     generation = tap.hashing.generation
     return (attach, ClearRss()) if generation and not generation.exclusive else (ClearRss(), attach)
@@ -516,8 +516,14 @@ def plan_off(tap: Tap, *, replace_foreign: bool = False, expect: str | None = No
 
 def take_off(tap: Tap) -> tuple[Step, ...]:
     """Leave it to automq.  RSS first: what waits below a program must not take over."""
-    rss: tuple[Step, ...] = (ClearRss(),) if tap.vnet_hash and tap.vnet_hash.rss else ()
+    rss: tuple[Step, ...] = (ClearRss(),) if _clears(tap) else ()
     return (*rss, Detach()) if tap.program_id else rss
+
+
+def _clears(tap: Tap) -> bool:
+    """Whether RSS is taken off: it steers, or is qsteer's.  What somebody else has set below a program stays."""
+    rss = tap.vnet_hash
+    return bool(rss and rss.rss and (rss.source or not tap.program_id))
 
 
 def _may_come_back(tap: Tap) -> tuple[str, ...]:
@@ -531,15 +537,19 @@ def _displaces(tap: Tap) -> tuple[str, ...]:
     """Names what is taken off, if it is not qsteer's."""
     program = describe(tap.program) if tap.program else f"program {tap.program_id}"
     ours = not tap.program_id or (tap.program and tap.program.kind is Kind.QSTEER)
-    foreign_rss = tap.vnet_hash and tap.vnet_hash.rss and not tap.vnet_hash.source
-    told = () if ours else (f"in place of {program}",)
-    return (*told, "in place of in-kernel RSS that somebody else has set") if foreign_rss else told
+    if _is_foreign_rss(tap.steering):
+        return ("in place of in-kernel RSS that somebody else has set",)
+    return () if ours else (f"in place of {program}",)
+
+
+def _is_foreign_rss(steering: Steering | None) -> bool:
+    return bool(steering and steering.engine is Engine.KERNEL and steering.kind is Kind.FOREIGN)
 
 
 def _refuse_foreign(tap: Tap, wanted: Wanted) -> None:
     if wanted.replace:
         return
-    if tap.vnet_hash and tap.vnet_hash.rss and not tap.vnet_hash.source:
+    if _is_foreign_rss(tap.steering):
         raise ConflictError(
             f'tap "{tap.name}" has in-kernel RSS that somebody else has set', hint="--replace takes it off"
         )

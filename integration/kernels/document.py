@@ -40,7 +40,8 @@ def tables(data: Data) -> dict[str, str]:
 
 def tables_in_kernel(data: Data) -> dict[str, str]:
     """The same for docs/in-kernel.md."""
-    return {"tests": hashing(data["hashing"]), "bench": hashing_bench(data["hashing"])}
+    rows = data["hashing"]
+    return {"tests": hashing(rows), "bench": hashing_bench(rows), "guests": hashing_guests(rows)}
 
 
 def filled(text: str, texts: dict[str, str]) -> str:
@@ -180,6 +181,19 @@ def hashing_bench(rows: dict[str, Any]) -> str:
     for name in (QEMU, AUTOMQ, STATIC, PERIODIC, SHARED_MAPS, KERNEL):
         places = (path(f"tap.{family}{way}", name, "of_floor") for _, way in ways for family in FAMILY_LABELS)
         lines.append((BENCH_LABELS[name], *(_share(figures.get(place)) for place in places)))
+    return _markdown(lines)
+
+
+def hashing_guests(rows: dict[str, Any]) -> str:
+    """Every flow through real guests, phase by phase."""
+    told: dict[str, Any] = rows.get("guests", {}).get("guests", {})
+    lines: list[Sequence[str]] = [
+        (f"QEMU {told.get('qemu', '-')}, and what steered", "flows", "mismatches", "right by host", "lost", "per queue")
+    ]
+    for phase in told.get("phases", ()):
+        queues = " ".join(str(queue["counted"]) for queue in phase["queues"])
+        right = str(phase["flows"] - phase["host_mismatches"])
+        lines.append((phase["name"], str(phase["flows"]), str(phase["mismatches"]), right, str(phase["lost"]), queues))
     return _markdown(lines)
 
 

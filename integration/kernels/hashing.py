@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """In-kernel RSS on real devices: under one kernel, one tun.ko after the other (``patched.py``), and what its tests say.
 
-``python -m integration.kernels.hashing FILE GENERATION[:TESTS]... [--guests] [--bench]`` under a kernel (``inside.py``),
+``python -m integration.kernels.hashing FILE GENERATION[:TESTS]... [--guests] [--bench]`` under a kernel (inside.py),
 with the modules beside FILE, writes one JSON object a line for each: how its tests ended, by name.  With the last
 module, ``--guests`` shows it to real guests, and ``--bench`` measures what steering costs.  TESTS is what pytest takes
 for ``-k``.

@@ -183,6 +183,10 @@ def test_rss_of_somebody_else_stays() -> None:
     with pytest.raises(ConflictError):
         plan_off(seen)
     assert steps(plan_off(seen, replace_foreign=True)) == ["PutHold", "ClearRss"]
+    # Below a program of qsteer's it counts for nothing, and stays.
+    below = patched(program=OWN_STATIC, vnet_hash=THEIRS)
+    assert steps(plan_apply(below, Wanted(engine=Engine.EBPF, static=Static(table=(1,))))) == ["Attach"]
+    assert steps(plan_off(below)) == ["PutHold", "Detach"]
     # A report over automq steers nothing, and is nobody's to take off.
     assert plan_apply(patched(vnet_hash=REPORTS), EBPF).engine is Engine.EBPF
     assert "ClearRss" not in steps(plan_apply(patched(vnet_hash=REPORTS), EBPF))
