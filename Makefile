@@ -72,7 +72,7 @@ help: ## list the targets
 	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	echo
 	echo "Variables: PYTHON ($(PYTHON)), PREFIX ($(PREFIX)), DESTDIR; PYTEST_ARGS for test, BENCH_ARGS for bench,"
-	echo "KERNELS_ARGS for test-kernels (tests rights guests vhost, --kernel 6.1, --qemu 10.0, --save);"
+	echo "KERNELS_ARGS for test-kernels (tests rights guests vhost hashing, --kernel 6.1, --qemu 10.0, --save);"
 	echo "QSTEER_STRICT=1 makes a skipped test a failed one; YES=1 lets the demo, the bench and the tests fetch what the"
 	echo "distribution lacks without asking; QSTEER_ACCEL=kvm makes their guests faster where KVM works (tcg)."
 

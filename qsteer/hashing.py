@@ -16,10 +16,15 @@ The kernel checks little of what it is given.  ``engines`` does, before it comes
 """
 
 import errno
+import math
+import os
+import time
 from collections.abc import Iterable
+from typing import Any
 
 from qsteer import kernel, marks
 from qsteer._shim import ffi, lib
+from qsteer.errors import QsteerError
 from qsteer.model import Generation, Hashing, OpenQueue, VnetHash
 from qsteer.rss import NO_TYPES, HashType, RssConfig, known_types
 from qsteer.shim import check, raw_config
@@ -28,8 +33,11 @@ _NONE = "this kernel's tun does not hash by itself (TUNSETVNETRSS, TUNSETVNETHAS
 _TAKES = "CAP_SYS_ADMIN, CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF, and AF_PACKET"
 _DENIED = (errno.EPERM, errno.EACCES, errno.EAFNOSUPPORT)
 
-_known: dict[int, Hashing] = {}
-"""What the probe has found, by the driver that it looked at."""
+_AGAIN_S = 60.0
+"""When to look again where it could not be seen for a reason that may pass."""
+
+_known: dict[int, tuple[Hashing, float]] = {}
+"""What the probe has found, by the driver that it looked at, and until when that counts (``time.monotonic()``)."""
 
 
 def hashing() -> Hashing:
@@ -38,34 +46,43 @@ def hashing() -> Hashing:
     Where tun was unloaded and loaded again, it is looked at again.
     """
     driver = kernel.driver()
-    if driver not in _known:
+    if driver not in _known or _known[driver][1] < time.monotonic():
         _known.clear()
-        _known[driver] = _probe() if driver else Hashing(why_not=_NONE)
-    return _known[driver]
+        _known[driver] = _probe() if driver else (Hashing(why_not=_NONE), math.inf)
+    return _known[driver][0]
 
 
-def _probe() -> Hashing:
+def _probe() -> tuple[Hashing, float]:
     found = ffi.new("struct qs_vnet_probe *")
     result = -lib.qs_vnet_probe(found)
     if result in _DENIED:
-        return Hashing(why_not=f"whether tun hashes by itself can only be seen with {_TAKES}", denied=True)
+        return Hashing(why_not=f"whether tun hashes by itself can only be seen with {_TAKES}", denied=True), math.inf
+    if result == errno.EOPNOTSUPP:
+        return Hashing(why_not=_NONE), math.inf
     if result:
-        return Hashing(why_not=_NONE if result == errno.EOPNOTSUPP else f"{_NONE}: {errno.errorcode.get(result)}")
-    if not found.steers:
+        why_not = f"whether tun hashes by itself could not be seen: {os.strerror(result)}"
+        return Hashing(why_not=why_not), time.monotonic() + _AGAIN_S
+    return _of(found), math.inf
+
+
+def _of(found: Any) -> Hashing:
+    """What a tun that answers is good for."""
+    generation = _generation(found)
+    if not found.steers or not generation:
         return Hashing(why_not="this kernel's tun has an ioctl of that number, but steered known packets wrongly")
-    if not kernel.tells_vnet_hash():
+    try:
+        tells = kernel.tells_vnet_hash()
+    except QsteerError as error:
+        return Hashing(why_not=str(error))
+    if not tells:
         return Hashing(why_not="this kernel's tun hashes by itself, but does not show what is set (BTF)")
-    return Hashing(
-        generation=_generation(found),
-        types=known_types(found.can.types),
-        reports=bool(found.reports),
-        why_not="",
-    )
+    return Hashing(generation=generation, types=known_types(found.can.types), reports=bool(found.reports), why_not="")
 
 
-def _generation(found: "ffi.CData") -> Generation:
+def _generation(found: Any) -> Generation | None:
+    """None for what no version is like."""
     if found.can.abi == lib.QS_VNET_ABI_12:
-        return Generation.V12
+        return None if found.exclusive else Generation.V12
     if not found.exclusive:
         return Generation.V11
     return Generation.V4 if found.strict else Generation.V9

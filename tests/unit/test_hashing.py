@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What is made of a probe's answer; tests/kernel/test_vnet_hash.py has real ones."""
+
+import errno
+import time
+from typing import Any
+
+import pytest
+
+from qsteer import hashing, kernel
+from qsteer._shim import lib
+from qsteer.errors import QsteerError
+from qsteer.model import Generation
+from qsteer.rss import BASE_TYPES
+
+WORKS = {"steers": 1, "reports": 1, "exclusive": 0, "strict": 0}
+
+
+class Probes:
+    """A shim whose probe answers so, and is counted."""
+
+    def __init__(self, result: int = 0, abi: int = lib.QS_VNET_ABI_12, types: int = 0x3F, **found: int) -> None:
+        self.result, self.abi, self.types, self.found = result, abi, types, WORKS | found
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(lib, name)
+
+    def qs_vnet_probe(self, out: Any) -> int:
+        self.calls += 1
+        out.can.abi, out.can.types = self.abi, self.types
+        for name, value in self.found.items():
+            setattr(out, name, value)
+        return self.result
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "_known", {})
+    monkeypatch.setattr(kernel, "driver", lambda: 7)
+    monkeypatch.setattr(kernel, "tells_vnet_hash", lambda: True)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, probes: Probes) -> Probes:
+    monkeypatch.setattr(hashing, "lib", probes)
+    return probes
+
+
+@pytest.mark.parametrize(
+    ("probes", "generation"),
+    [
+        (Probes(), Generation.V12),
+        (Probes(abi=lib.QS_VNET_ABI_3), Generation.V11),
+        (Probes(abi=lib.QS_VNET_ABI_3, exclusive=1), Generation.V9),
+        (Probes(abi=lib.QS_VNET_ABI_3, exclusive=1, strict=1), Generation.V4),
+        (Probes(exclusive=1), None),
+        (Probes(steers=0), None),
+    ],
+)
+def test_generations(monkeypatch: pytest.MonkeyPatch, probes: Probes, generation: Generation | None) -> None:
+    use(monkeypatch, probes)
+    found = hashing.hashing()
+    assert found.generation is generation
+    assert (found.types, found.reports, found.why_not) == (BASE_TYPES, True, "") if generation else found.why_not
+    assert not found.denied and hashing.hashing() is found and probes.calls == 1
+
+
+def test_without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Probes(reports=0, types=0x7))
+    found = hashing.hashing()
+    assert found.generation and not found.reports and int(found.types) == 7
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES, errno.EAFNOSUPPORT])
+def test_a_right_that_is_missing(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    use(monkeypatch, Probes(result=-code))
+    assert hashing.hashing().denied and "CAP_NET_RAW" in hashing.hashing().why_not
+
+
+def test_what_may_pass_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = use(monkeypatch, Probes(result=-errno.ETIMEDOUT))
+    assert "could not be seen: Connection timed out" in hashing.hashing().why_not
+    assert hashing.hashing() and probes.calls == 1
+    later = time.monotonic() + 100
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    probes.result = 0
+    assert hashing.hashing().generation and probes.calls == 2
+
+
+def test_another_tun(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = use(monkeypatch, Probes())
+    assert hashing.hashing().generation
+    monkeypatch.setattr(kernel, "driver", lambda: 8)
+    probes.result = -errno.EOPNOTSUPP
+    assert not hashing.hashing().generation and probes.calls == 2
+    monkeypatch.setattr(kernel, "driver", lambda: 0)
+    assert not hashing.hashing().generation and probes.calls == 2
+
+
+def test_what_cannot_be_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Probes())
+    monkeypatch.setattr(kernel, "tells_vnet_hash", lambda: False)
+    assert "does not show what is set" in hashing.hashing().why_not
+    hashing._known.clear()
+
+    def refuse() -> bool:
+        raise QsteerError("cannot look")
+
+    monkeypatch.setattr(kernel, "tells_vnet_hash", refuse)
+    assert hashing.hashing().why_not == "cannot look"
