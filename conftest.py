@@ -31,6 +31,8 @@ def skip_unless_root() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("root"):
         skip_unless_root()
+    if (item.get_closest_marker("patched") or item.get_closest_marker("decoy")) and not os.environ.get("QSTEER_TUN"):
+        pytest.skip("another tun is wanted (make test-kernels KERNELS_ARGS=hashing)")
 
 
 @pytest.fixture

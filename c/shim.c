@@ -814,16 +814,6 @@ static int qs_tun_state_of(struct qs_tun_iter *iter, struct qs_tun_state *state)
 	return bpf_map_lookup_elem(iter->state_fd, &zero, state);
 }
 
-int qs_tun_tells_vnet_hash(struct qs_tun_iter *iter, int *tells)
-{
-	struct qs_tun_state state;
-	int err = qs_tun_state_of(iter, &state);
-
-	if (!err)
-		*tells = state.tells_vnet_hash;
-	return err;
-}
-
 int qs_tun_digest_devices(struct qs_tun_iter *iter, uint64_t *digest)
 {
 	LIBBPF_OPTS(bpf_test_run_opts, opts);

@@ -146,8 +146,6 @@ void qs_tun_iter_close(struct qs_tun_iter *iter);
  * qs_vnet_hash, to be freed with qs_free(); size is that of all of them, in bytes.
  */
 int qs_tun_iter_read(struct qs_tun_iter *iter, int pid, void **records, size_t *size);
-/* Of tun_vnet: whether this kernel's BTF tells where tun keeps what it hashes by. */
-int qs_tun_tells_vnet_hash(struct qs_tun_iter *iter, int *tells);
 void qs_free(void *memory);
 /* A number that changes with the taps, their queues, and what is attached to them. */
 int qs_tun_digest_devices(struct qs_tun_iter *iter, uint64_t *digest);

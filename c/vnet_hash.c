@@ -146,13 +146,16 @@ int qs_vnet_automq(int fd, __u32 abi, __u32 types)
 #define QS_FRAME 80
 #define QS_SAME_PACKET_MS 200
 #define QS_PROBE_MS 1500
+#define QS_REAP_MS 500
 
 /* The key of the Toeplitz verification suite. */
-static const __u8 qs_known_key[QS_KEY_BYTES] = {
+const __u8 qs_vnet_probe_key[QS_KEY_BYTES] = {
 	0x6d, 0x5a, 0x56, 0xda, 0x25, 0x5b, 0x0e, 0xc2, 0x41, 0x67, 0x25, 0x3d, 0x43, 0xa3,
 	0x8f, 0xb0, 0xd0, 0xca, 0x2b, 0xcb, 0xae, 0x7b, 0x30, 0xb4, 0x77, 0xcb, 0x2d, 0xa3,
 	0x80, 0x30, 0xf2, 0x0c, 0x6a, 0x42, 0xb7, 0x3b, 0xbe, 0xac, 0x01, 0xfa,
 };
+
+const __u16 qs_vnet_probe_table[QS_VNET_PROBE_ENTRIES] = { 3, 4 };
 
 /* Packets whose hashes are known, and what VIRTIO_NET_HASH_REPORT_* calls them. */
 static const struct qs_known {
@@ -268,7 +271,7 @@ static bool qs_is_right(const struct qs_tap *tap, const struct qs_vnet_probe *fo
 	struct qs_rss_config config;
 
 	qs_config(found, unclassified, &config);
-	if (qs_vnet_rss(tap->fds[0], found->can.abi, &config, qs_known_key, table, report))
+	if (qs_vnet_rss(tap->fds[0], found->can.abi, &config, qs_vnet_probe_key, table, report))
 		return false;
 	for (size_t i = 0; i < sizeof(qs_known) / sizeof(*qs_known); i++) {
 		const struct qs_known *known = &qs_known[i];
@@ -319,21 +322,21 @@ static int qs_beside_program(const struct qs_tap *tap, struct qs_vnet_probe *fou
 	prog = qs_answering(2);
 	if (prog < 0)
 		return prog;
-	if ((err = qs_vnet_rss(fd, found->can.abi, &config, qs_known_key, table, 0)))
+	if ((err = qs_vnet_rss(fd, found->can.abi, &config, qs_vnet_probe_key, table, 0)))
 		return err;
 	err = qs_ioctl(fd, TUNSETSTEERINGEBPF, &prog);
 	if (!err) {
 		for (size_t i = 0; i < sizeof(qs_known) / sizeof(*qs_known); i++)
 			if (qs_send(tap, &qs_known[i], &queue, header) || queue != 2)
 				return -ENOTSUP;
-		if (qs_vnet_rss(fd, found->can.abi, &config, qs_known_key, table, 0))
+		if (qs_vnet_rss(fd, found->can.abi, &config, qs_vnet_probe_key, table, 0))
 			return -ENOTSUP;
 		return qs_ioctl(fd, TUNSETSTEERINGEBPF, &none);
 	}
 	if (err != -EBUSY)
 		return -ENOTSUP;
 	if (qs_vnet_automq(fd, found->can.abi, 0) || qs_ioctl(fd, TUNSETSTEERINGEBPF, &prog) ||
-	    qs_vnet_rss(fd, found->can.abi, &config, qs_known_key, table, 0) != -EBUSY)
+	    qs_vnet_rss(fd, found->can.abi, &config, qs_vnet_probe_key, table, 0) != -EBUSY)
 		return -ENOTSUP;
 	found->exclusive = 1;
 	return qs_ioctl(fd, TUNSETSTEERINGEBPF, &none);
@@ -353,9 +356,10 @@ static bool qs_is_off(const struct qs_tap *tap, __u32 abi)
 
 static int qs_probe_all(struct qs_vnet_probe *found)
 {
-	static const __u16 one[2] = { 3, 4 }, other[2] = { 5, 3 };
-	int small = 12, size = QS_HEADER, err;
+	static const __u16 other[2] = { 5, 3 };
+	const __u16 *one = qs_vnet_probe_table;
 	struct qs_rss_config config;
+	int small = 12, err;
 	struct qs_tap tap;
 
 	if (unshare(CLONE_NEWNET) < 0)
@@ -376,9 +380,10 @@ static int qs_probe_all(struct qs_vnet_probe *found)
 		found->steers = 0;
 	qs_config(found, 0, &config);
 	if (found->can.abi == QS_VNET_ABI_3 && !qs_ioctl(tap.fds[0], TUNSETVNETHDRSZ, &small))
-		found->strict = qs_vnet_rss(tap.fds[0], found->can.abi, &config, qs_known_key, one,
-					    1) == -EBUSY;
-	return qs_ioctl(tap.fds[0], TUNSETVNETHDRSZ, &size);
+		found->strict = qs_vnet_rss(tap.fds[0], found->can.abi, &config, qs_vnet_probe_key,
+					    one, 1) == -EBUSY;
+	/* For the other side to look at. */
+	return qs_vnet_rss(tap.fds[0], found->can.abi, &config, qs_vnet_probe_key, one, 0);
 }
 
 struct qs_probed {
@@ -400,18 +405,33 @@ static int qs_ask(struct qs_vnet_can *can)
 	return 0;
 }
 
-static void qs_probe_child(pid_t parent, int answer)
+/* What was inherited, taps among it, is not to be held; but for two of them. */
+static void qs_close_others(int one, int other)
+{
+	unsigned int low = one < other ? one : other, high = one < other ? other : one;
+
+	syscall(SYS_close_range, 3U, low - 1, 0U);
+	if (high > low + 1)
+		syscall(SYS_close_range, low + 1, high - 1, 0U);
+	syscall(SYS_close_range, high + 1, ~0U, 0U);
+}
+
+static void qs_probe_child(pid_t parent, int answer, int hold)
 {
 	struct qs_probed probed = {};
+	struct pollfd ended = { .fd = hold };
 
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	signal(SIGPIPE, SIG_IGN);
 	if (getppid() != parent)
 		_exit(1);
+	qs_close_others(answer, hold);
 	probed.err = qs_ask(&probed.found.can);
 	if (!probed.err)
 		probed.err = qs_probe_all(&probed.found);
-	_exit(write(answer, &probed, sizeof(probed)) != sizeof(probed));
+	if (write(answer, &probed, sizeof(probed)) == sizeof(probed) && !probed.err)
+		poll(&ended, 1, QS_PROBE_MS);
+	_exit(0);
 }
 
 static long qs_milliseconds(void)
@@ -422,37 +442,60 @@ static long qs_milliseconds(void)
 	return now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
-int qs_vnet_probe(struct qs_vnet_probe *found)
+int qs_vnet_probe_start(struct qs_vnet_probing *probing, struct qs_vnet_probe *found)
 {
-	qs_auto_close int answer = -1, end = -1;
+	qs_auto_close int answer = -1, tell = -1, hold = -1, held = -1;
 	long deadline = qs_milliseconds() + QS_PROBE_MS, left;
 	struct qs_probed probed = { .err = -ETIMEDOUT };
-	struct pollfd ready;
-	pid_t parent = getpid(), child;
+	pid_t parent;
 	int fds[2];
 
 	if (pipe2(fds, O_CLOEXEC) < 0)
 		return -errno;
 	answer = fds[0];
-	end = fds[1];
-	child = fork();
-	if (child < 0)
+	tell = fds[1];
+	if (pipe2(fds, O_CLOEXEC) < 0)
 		return -errno;
-	if (!child)
-		qs_probe_child(parent, end);
-	close(qs_take(&end));
-	ready = (struct pollfd){ .fd = answer, .events = POLLIN };
+	held = fds[0];
+	hold = fds[1];
+	parent = getpid();
+	probing->pid = fork();
+	if (probing->pid < 0)
+		return -errno;
+	if (!probing->pid) {
+		close(hold);
+		qs_probe_child(parent, tell, held);
+	}
+	close(qs_take(&tell));
+	probing->answer = qs_take(&answer);
+	probing->hold = qs_take(&hold);
 	while ((left = deadline - qs_milliseconds()) > 0) {
+		struct pollfd ready = { .fd = probing->answer, .events = POLLIN };
+
 		if (poll(&ready, 1, left) > 0) {
-			if (read(answer, &probed, sizeof(probed)) != sizeof(probed))
+			if (read(probing->answer, &probed, sizeof(probed)) != sizeof(probed))
 				probed.err = -EIO;
 			break;
 		}
 	}
-	kill(child, SIGKILL);
-	while (waitpid(child, NULL, 0) < 0 && errno == EINTR)
-		;
-	if (!probed.err)
+	if (probed.err)
+		qs_vnet_probe_end(probing);
+	else
 		*found = probed.found;
 	return probed.err;
+}
+
+void qs_vnet_probe_end(struct qs_vnet_probing *probing)
+{
+	static const struct timespec moment = { .tv_nsec = 1000000 };
+	long deadline = qs_milliseconds() + QS_REAP_MS;
+
+	close(probing->hold);
+	close(probing->answer);
+	/* Not yet waited for, so that the number is no other's, unless SIGCHLD is ignored. */
+	if (waitpid(probing->pid, NULL, WNOHANG) == 0)
+		kill(probing->pid, SIGKILL);
+	/* One that the kernel does not let go is waited for by nobody: it must not hold a host up. */
+	while (waitpid(probing->pid, NULL, WNOHANG) == 0 && qs_milliseconds() < deadline)
+		nanosleep(&moment, NULL);
 }

@@ -51,10 +51,23 @@ struct qs_vnet_probe {
 	__u8 exclusive; /* RSS and a steering program refuse each other (EBUSY) */
 	__u8 strict;	/* a header without room for the hash, or big-endian, is refused (EBUSY) */
 };
+
+/* The process that looked, with RSS by these set on its tap for as long as it is there. */
+struct qs_vnet_probing {
+	int pid;
+	int answer;
+	int hold;
+};
+#define QS_VNET_PROBE_ENTRIES 2
+extern const __u8 qs_vnet_probe_key[QS_KEY_BYTES];
+extern const __u16 qs_vnet_probe_table[QS_VNET_PROBE_ENTRIES];
+
 /*
  * -EOPNOTSUPP where the kernel has none of it, -EPERM where a right is missing (CAP_SYS_ADMIN,
- * CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF), -ETIMEDOUT where it does not end in time.
+ * CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF), -ETIMEDOUT where it does not end in time.  Only after 0 is
+ * there something to end.
  */
-int qs_vnet_probe(struct qs_vnet_probe *found);
+int qs_vnet_probe_start(struct qs_vnet_probing *probing, struct qs_vnet_probe *found);
+void qs_vnet_probe_end(struct qs_vnet_probing *probing);
 
 #endif

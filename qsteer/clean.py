@@ -18,11 +18,11 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qsteer import holds, inventory, marks, procs, programs, tapfiles
+from qsteer import holds, inventory, marks, namespaces, procs, programs, tapfiles
 from qsteer._shim import ffi, lib
 from qsteer.errors import NotFoundError, PermissionDeniedError, UnsupportedError, from_errno, printable
 from qsteer.model import Tap
@@ -181,8 +181,8 @@ def fetch() -> Found:
             else:
                 others.append(Path(entry.path))
     if any(record.what == _MARK for record in records):
-        taps = inventory.fetch().taps
-        records = [_mark(record.path, taps) if record.what == _MARK else record for record in records]
+        taps, seen = inventory.fetch().taps, {namespaces.own(), *namespaces.named()}
+        records = [_mark(record.path, taps, seen) if record.what == _MARK else record for record in records]
     return Found(
         bodies=tuple(Body(path=path, map_id=map_id, users=users.get(map_id, ())) for path, map_id in pins.items()),
         records=tuple(records),
@@ -230,9 +230,13 @@ def _record(entry: os.DirEntry[str], what: str) -> Record | None:
     return Record(path=path, what=what, goes="its process has ended")
 
 
-def _mark(path: Path, taps: Iterable[Tap]) -> Record:
-    """It counts where the kernel has the RSS that it is about; of a tap that nobody has open that cannot be seen."""
+def _mark(path: Path, taps: Iterable[Tap], seen: Collection[int]) -> Record:
+    """It counts where the kernel has the RSS that it is about.
+
+    ``seen`` are the network namespaces that were looked into for taps that nobody has open.
+    """
     netns, ifindex = map(int, path.name.split("-"))
+    mark = marks.read(path)
     for tap in taps:
         if (tap.netns, tap.ifindex) == (netns, ifindex):
             if tap.unheld:
@@ -241,6 +245,8 @@ def _mark(path: Path, taps: Iterable[Tap]) -> Record:
                 )
             if tap.vnet_hash and tap.vnet_hash.source:
                 return Record(path=path, what=_MARK, stays="its RSS is set")
+    if mark and mark.lasts and netns not in seen:
+        return Record(path=path, what=_MARK, stays="its network namespace cannot be looked into")
     return Record(path=path, what=_MARK, goes="its RSS is gone")
 
 

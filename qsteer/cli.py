@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     desired.add_argument("--source", choices=SOURCES, help=text)
     desired.add_argument("--engine", choices=ENGINES, help=ENGINE_HELP)
     text = "tell the guest the hash of each packet (engine kernel, where the guest has negotiated it)"
-    desired.add_argument("--hash-report", action="store_true", default=None, help=text)
+    desired.add_argument("--hash-report", action=argparse.BooleanOptionalAction, help=text)
     text = "take a foreign program, or QEMU's own, off"
     desired.add_argument("--replace", action="store_true", default=None, help=text)
     text = "attach even where QEMU undoes it in software"

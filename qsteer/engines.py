@@ -5,13 +5,13 @@ The kernel takes nearly anything, and makes nonsense of nonsense; what it could 
 """
 
 from qsteer.errors import PermissionDeniedError, QsteerError, UnsupportedError
-from qsteer.model import Engine, Generation, Hashing, Tap
+from qsteer.model import Engine, Hashing, Tap
 from qsteer.rss import HashType, RssConfig, format_hash_types
 
 HEADER_BYTES = 20
 """struct virtio_net_hdr_v1_hash: virtio 1.2, 5.1.6."""
 _OVER_IP4 = HashType.IP4 | HashType.TCP4 | HashType.UDP4
-_USE_A_PROGRAM = "--engine ebpf does"
+_USE_A_PROGRAM = "a program steers (--engine ebpf), but reports no hash"
 
 
 def choose(tap: Tap, wanted: Engine | None, config: RssConfig, *, report: bool) -> Engine:
@@ -21,10 +21,14 @@ def choose(tap: Tap, wanted: Engine | None, config: RssConfig, *, report: bool) 
     PermissionDeniedError where the engine that is wanted cannot do it.
     """
     if wanted is Engine.EBPF:
+        if report:
+            raise UnsupportedError("a program cannot report a hash", hint="--engine kernel, or auto")
         return Engine.EBPF
     reason = _why_not(tap.hashing, config) or (_why_no_report(tap) if report else None)
     if not reason:
-        return Engine.KERNEL
+        # Where QEMU holds a program, it could not attach that any more.
+        locked_out = tap.held and tap.hashing.generation and tap.hashing.generation.exclusive
+        return Engine.EBPF if locked_out and wanted is None and not report else Engine.KERNEL
     if wanted is Engine.KERNEL or report:
         raise reason
     return Engine.EBPF
@@ -34,15 +38,14 @@ def _why_not(hashing: Hashing, config: RssConfig) -> QsteerError | None:
     """Why this kernel cannot steer by this configuration."""
     if not hashing.generation:
         kind = PermissionDeniedError if hashing.denied else UnsupportedError
-        return kind(f"no in-kernel RSS: {hashing.why_not}", hint="--engine ebpf steers by a program")
+        return kind(f"no in-kernel RSS: {hashing.why_not}", hint=_USE_A_PROGRAM)
     if unknown := config.types & ~hashing.types:
         names = ", ".join(format_hash_types(unknown))
         return UnsupportedError(f"this kernel's tun does not hash {names}", hint=_USE_A_PROGRAM)
-    if hashing.generation is Generation.V12 and config.types and not config.types & _OVER_IP4:
-        # It takes 4 bytes of the key then, and whatever lay in its memory for the rest.
+    if config.types and not config.types & _OVER_IP4:
+        # All generations: they take 4 bytes of the key then, and whatever lay in memory for the rest.
         return UnsupportedError(
-            "this kernel's tun takes the key wrongly where no hash type is over IPv4",
-            hint=f"add one, such as ip4; {_USE_A_PROGRAM}",
+            "this kernel's tun takes the key wrongly where no hash type is over IPv4", hint="add one, such as ip4"
         )
     return None
 

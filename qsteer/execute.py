@@ -168,15 +168,20 @@ class _Change:
                 programs.refill_bodies(program)
             case SetRss():
                 self._refuse_changed()
-                self._marks(marks.of(step.rss))
+                generation, ours = self._generation(), (self._rss,) if self._rss and self._rss.source else ()
+                self._changes_file(self._mark)
+                self._mark.restore(marks.of(self._tap, (step.rss, *ours)))
                 self._changes_rss(step.rss)
                 if step.rss.config:
-                    hashing.set_rss(self._fd, self._generation(), step.rss.config, report=step.rss.report)
+                    hashing.set_rss(self._fd, generation, step.rss.config, report=step.rss.report)
+                self._mark.restore(marks.of(self._tap, (step.rss,)))
             case ClearRss():
                 self._refuse_changed()
+                generation = self._generation()
+                self._changes_file(self._mark)
                 self._changes_rss(None)
-                hashing.set_automq(self._fd, self._generation())
-                self._marks(None)
+                hashing.set_automq(self._fd, generation)
+                self._mark.remove()
             case Detach():
                 self._refuse_changed()
                 self._changes_to(0)
@@ -193,6 +198,10 @@ class _Change:
     def _hold(self) -> TapFile:
         return holds.file(netns=self._tap.netns, ifindex=self._tap.ifindex)
 
+    @property
+    def _mark(self) -> TapFile:
+        return marks.file(netns=self._tap.netns, ifindex=self._tap.ifindex)
+
     def check_rss(self, found: OpenQueue) -> None:
         """Whether tun hashes as it was told to.  Raises ConflictError."""
         if not found.vnet_hash and not self._rss:
@@ -201,18 +210,13 @@ class _Change:
             raise ConflictError(f'tap "{self._tap.name}" has another in-kernel RSS: something else changes it, too')
 
     def _rss_now(self, queue: OpenQueue) -> VnetHash | None:
-        return kernel.vnet_hashes(os.getpid()).get((queue.netns, queue.ifindex)) if queue.vnet_hash else None
+        return hashing.vnet_hashes(os.getpid()).get((queue.netns, queue.ifindex)) if queue.vnet_hash else None
 
     def _generation(self) -> Generation:
         generation = self._tap.hashing.generation
         if not generation:
             raise UnsupportedError(f"in-kernel RSS cannot be changed: {self._tap.hashing.why_not}")
         return generation
-
-    def _marks(self, content: bytes | None) -> None:
-        file = marks.file(netns=self._tap.netns, ifindex=self._tap.ifindex)
-        self._changes_file(file)
-        file.restore(content)
 
     def _changes_rss(self, rss: VnetHash | None) -> None:
         before, self._rss = self._rss, rss

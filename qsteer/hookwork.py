@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from qsteer import execute, holds, hookplan, inventory, libvirt, others, procs
+from qsteer import execute, hashing, holds, hookplan, inventory, libvirt, marks, others, procs
 from qsteer.config import ConfigError, load
 from qsteer.domainpolicy import of_interface
 from qsteer.errors import BusyError, QsteerError, UsageError, printable
@@ -96,6 +96,7 @@ class _Work:
         if self._operation == "release":
             with execute.lock(LOCK_S):
                 holds.forget_ended()
+                marks.forget_ended()
             return
         config = self._config()
         self._check_policy(description, config)
@@ -108,7 +109,7 @@ class _Work:
         decisions = self._steer(
             process,
             domain,
-            Intent(Settings(), if_absent=not is_start, load=lambda: config),
+            Intent(Settings(), if_absent=not is_start, lenient=True, load=lambda: config),
             version=seen.version if seen else None,
             incoming=domain.incoming and is_start,
             wrapped=(description.emulator or "").rpartition("/")[2].startswith(WRAPPER),
@@ -197,7 +198,12 @@ class _Work:
                 wanted = intent.settings(tap) != Settings() or intent.refused(tap)
                 if wanted or intent.config.libvirt.steer == "all":
                     decision = hookplan.decide(
-                        tap, intent(tap), version=version, keep_pid=keep_pid, incoming=incoming, wrapped=wrapped
+                        hashing.looked(tap),
+                        intent(tap),
+                        version=version,
+                        keep_pid=keep_pid,
+                        incoming=incoming,
+                        wrapped=wrapped,
                     )
                     self._carry_out(tap, decision, intent)
                     decisions.append(decision)
@@ -251,7 +257,7 @@ class _Work:
 
     def _until_it_runs(self, process: Process, config: Config) -> None:
         """Steer a guest whose state comes later, once it runs.  Raises QsteerError."""
-        intent = Intent(Settings(), if_absent=True, load=lambda: config)
+        intent = Intent(Settings(), if_absent=True, lenient=True, load=lambda: config)
         ends, seen = time.monotonic() + FOLLOW_S, None
         has_ended = _watched(process)
         while time.monotonic() < ends:

@@ -31,12 +31,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qsteer import execute, hashing, holds, kernel, namespaces, others, procs, programs, runplan
+from qsteer import execute, hashing, holds, kernel, marks, namespaces, others, procs, programs, runplan
 from qsteer.attached import tap_of
 from qsteer.errors import ConflictError, NotFoundError, QsteerError, UnsupportedError, UsageError, printable
 from qsteer.ifupplan import Behind, Decision, behind, decide, needs_version, warning
-from qsteer.model import Engine, Generation, Kind, Nic, OpenQueue, Process, Source, Tap
-from qsteer.plan import Plan, Wanted, describe, plan_apply, take_off
+from qsteer.model import Engine, Kind, Nic, OpenQueue, Process, Source, Tap, VnetHash
+from qsteer.plan import ClearRss, Plan, SetRss, Wanted, describe, plan_apply, take_off
+from qsteer.rss import NO_TYPES
 from qsteer.settings import Settings
 
 if TYPE_CHECKING:
@@ -197,13 +198,32 @@ def _up(options: argparse.Namespace) -> None:
         _say(error, "the configuration is left out: ")
         settings = Settings(bridge=options.bridge)
     required = options.required or bool(settings.required)
-    asking = others.asked_for_version(call.qemu.pid) if needs_version(call.behind) else contextlib.nullcontext()
+    asks = needs_version(call.behind)
+    in_kernel = (asks or call.behind is None) and _in_kernel(call, settings)
+    asks = asks and not in_kernel
+    asking = others.asked_for_version(call.qemu.pid) if asks else contextlib.nullcontext()
     with asking as asked, contextlib.ExitStack() as undo:
         with _may_fail(f"{call.tap} is not steered: ", undo, required=required) as step:
-            _steer(call, decide(call.behind, others.version(asked)), settings, step, required=required)
+            decision = decide(call.behind, others.version(asked), in_kernel=in_kernel)
+            _steer(call, decision, settings, step, required=required)
         with _may_fail(f"{call.tap} is not set up: ", undo, required=required) as step:
             _set_up(call, settings.bridge or "", settings.mtu, step)
         undo.pop_all()
+
+
+def _wanted(settings: Settings) -> Wanted:
+    engine = settings.engine if isinstance(settings.engine, Engine) else None
+    return Wanted(source=Source.STATIC, engine=engine, static=settings.static)
+
+
+def _in_kernel(call: _Call, settings: Settings) -> bool:
+    """Whether tun itself is going to steer.  What fails here fails in ``_attach``, too, and is told there."""
+    if isinstance(settings.engine, Engine):
+        return settings.engine is Engine.KERNEL
+    try:
+        return plan_apply(_tap(call, _queue(call)), _wanted(settings)).engine is Engine.KERNEL
+    except QsteerError:
+        return False
 
 
 @contextlib.contextmanager
@@ -243,7 +263,7 @@ def _steer(
 
 
 def _attach(call: _Call, settings: Settings, undo: contextlib.ExitStack) -> bool:
-    """Whether a program is attached now: not where there is one queue, or a hold.  Raises QsteerError."""
+    """Whether it is steered now: not where there is one queue, or a hold.  Raises QsteerError."""
     name = printable(call.tap)
     with execute.lock(LOCK_S):
         queue = _queue(call)
@@ -254,15 +274,15 @@ def _attach(call: _Call, settings: Settings, undo: contextlib.ExitStack) -> bool
         if hold and hold.is_of(call.qemu.pid):
             log.warning("%s: nothing attached: qsteer off holds it off, until qsteer apply", name)
             return False
-        engine = settings.engine if isinstance(settings.engine, Engine) else None
-        tap = _tap(call, queue)
-        plan = plan_apply(tap, Wanted(source=Source.STATIC, engine=engine, static=settings.static))
+        plan = plan_apply(_tap(call, queue), _wanted(settings))
         before = undo.enter_context(programs.program_by_id(queue.program_id)) if queue.program_id else None
+        mark = marks.file(netns=queue.netns, ifindex=queue.ifindex).stored()
         program_id = execute.execute(plan)
-        if plan.steps:
-            undo.callback(_put_program_back, call.fd, before)
-        if plan.engine is Engine.KERNEL and tap.hashing.generation:
-            undo.callback(_take_rss_off, call.fd, tap.hashing.generation)
+        for step in plan.steps:  # to be undone the other way round: either may refuse the other
+            if isinstance(step, SetRss | ClearRss):
+                undo.callback(_put_rss_back, call.fd, plan.tap, step.rss if isinstance(step, SetRss) else None, mark)
+            else:
+                undo.callback(_put_program_back, call.fd, before)
     by = "in-kernel RSS" if plan.engine is Engine.KERNEL else f"program {program_id}"
     for told in (f"{plan.result}, {by}", *plan.notes):
         log.info("%s: %s", name, printable(told))
@@ -277,9 +297,19 @@ def _put_program_back(queue_fd: int, before: int | None) -> None:
             kernel.attach(queue_fd, before)
 
 
-def _take_rss_off(queue_fd: int, generation: Generation) -> None:
+def _put_rss_back(queue_fd: int, tap: Tap, rss: VnetHash | None, mark: bytes | None) -> None:
+    """From ``rss`` back to what tun hashed by, and whose that was, unless something else has been set since."""
+    before, generation = tap.vnet_hash, tap.hashing.generation
     with contextlib.suppress(QsteerError):
-        hashing.set_automq(queue_fd, generation)
+        found = hashing.of_taps((kernel.queue_of(queue_fd),)).get((tap.netns, tap.ifindex))
+        if not generation or marks.digest(found) != marks.digest(rss):
+            return
+        if before and before.config:
+            hashing.set_rss(queue_fd, generation, before.config, report=before.report)
+        else:
+            types = before.types if before and before.report else NO_TYPES
+            hashing.set_automq(queue_fd, generation, types)
+        marks.file(netns=tap.netns, ifindex=tap.ifindex).restore(mark)
 
 
 def _queue(call: _Call) -> OpenQueue:

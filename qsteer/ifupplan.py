@@ -7,7 +7,8 @@ Theory of operation
 QEMU runs the script when it has opened the first queue, before the NIC is made.  Making the NIC ("realize") takes any
 program off the tap where the NIC has rss=on, and from QEMU 10.1 on where the netdev has vhost=on.  Before 9.1 so does
 any command of the guest's driver about its queues, as it starts, whatever rss is.  What the script attaches stays on a
-QEMU in between for rss=off, and there with vhost=on up to 10.0; elsewhere it takes ``keep``.
+QEMU in between for rss=off, and there with vhost=on up to 10.0; elsewhere it takes ``keep``.  In-kernel RSS is nothing
+that QEMU knows of: with rss=off it stays on every version.
 
 The script is told the tap's name alone.  Which netdev it is for shows where that has an ``ifname``; of those without
 one all that may be meant have to be alike.  What the command line does not have was plugged in later.
@@ -42,7 +43,7 @@ class Behind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """Whether to attach a program, and why it does not, or may not, stay attached; an empty ``lost`` is no reason.
+    """Whether to steer, and why that does not, or may not, last; an empty ``lost`` is no reason.
 
     ``by_guest`` says that the guest is offered RSS of its own.
     """
@@ -81,18 +82,31 @@ def _with_nics(args: QemuArgs, netdevs: list[Netdev]) -> list[Behind]:
 
 
 def needs_version(known: Behind | None) -> bool:
-    """Whether it depends on QEMU's version what stays attached; to find that out takes a while."""
+    """Whether it depends on QEMU's version if a program stays attached; to find that out takes a while."""
     return bool(known and known.queues > 1 and not known.rss)
 
 
-def decide(known: Behind | None, version: tuple[int, int] | None = None) -> Decision:
-    """What to do for a tap; ``version`` is QEMU's, None if it is unknown or not needed."""
+def decide(known: Behind | None, version: tuple[int, int] | None = None, *, in_kernel: bool = False) -> Decision:
+    """What to do for a tap; ``version`` is QEMU's, None if it is unknown or not needed.
+
+    ``in_kernel``: tun itself is going to steer, which no QEMU takes off, but one with rss=on undoes in software.
+    """
+    with_rss = "QEMU may undo it with rss=on" if in_kernel else "QEMU takes it off with rss=on"
     if known is None:
-        return Decision(attach=True, lost="QEMU takes it off with rss=on, and its command line does not have this NIC")
+        return Decision(attach=True, lost=f"{with_rss}, and its command line does not have this NIC")
     if known.queues == 1:
         return Decision(attach=False)
     if known.rss:
         return Decision(attach=False, lost="QEMU would take it off again (rss=on)", by_guest=True)
+    if not in_kernel and (lost := _lost_by_version(known, version)):
+        return lost
+    if known.rss is None:
+        return Decision(attach=True, lost=f"{with_rss}, and its command line has no -device for it")
+    return Decision(attach=True)
+
+
+def _lost_by_version(known: Behind, version: tuple[int, int] | None) -> Decision | None:
+    """What comes of a program that this QEMU takes off, or may; None where it stays."""
     if version is None:
         which = "before 9.1, and from 10.1 on with vhost=on," if known.vhost else "before 9.1"
         return Decision(attach=True, lost=f"QEMU {which} takes it off, and this one's version is not known")
@@ -101,9 +115,7 @@ def decide(known: Behind | None, version: tuple[int, int] | None = None) -> Deci
         return Decision(attach=False, lost=f"{told} when the guest's driver starts")
     if known.vhost and version >= VHOST_TAKES_OFF:
         return Decision(attach=False, lost=f"{told} (vhost=on)")
-    if known.rss is None:
-        return Decision(attach=True, lost="QEMU takes it off with rss=on, and its command line has no -device for it")
-    return Decision(attach=True)
+    return None
 
 
 def warning(decision: Decision, keep_pid: int | None) -> str:

@@ -17,8 +17,8 @@ class Intent:
     """For ``apply``, ``keep`` and libvirt's hook.
 
     ``given`` are the options; ``if_absent``, ``expect`` and ``refresh`` are of one command, and of no configuration.
-    ``identify`` wants every NIC to be known.  Reads the configuration with ``load``; raises what that raises,
-    ConfigError.
+    ``identify`` wants every NIC to be known, ``lenient`` steering also where no hash can be reported.  Reads the
+    configuration with ``load``; raises what that raises, ConfigError.
     """
 
     def __init__(
@@ -29,10 +29,12 @@ class Intent:
         expect: str | None = None,
         refresh: bool = False,
         identify: bool = False,
+        lenient: bool = False,
         load: Callable[[], Config] = config.load,
     ) -> None:
         self._given, self._load = given, load
         self._if_absent, self._expect, self._refresh, self._identify = if_absent, expect, refresh, identify
+        self._lenient = lenient
         self.reload()
 
     def reload(self) -> None:
@@ -81,6 +83,7 @@ class Intent:
             expect=self._expect,
             refresh=self._refresh,
             identify=bool(unknown and tap.vm and not self._refresh),
+            lenient=self._lenient,
         )
 
     def _settings(self, tap: Tap, bridge: str | None) -> tuple[Settings, tuple[str, ...]]:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from qsteer import hashing, holds, kernel, libvirt, namespaces, tuns
+from qsteer import hashing, holds, kernel, libvirt, marks, namespaces, tuns
 from qsteer.attached import Programs
 from qsteer.errors import QsteerError
 from qsteer.model import Domain, Inventory, OpenQueue, Process, ProgramInfo, Tap
@@ -65,9 +65,9 @@ def fetch(*, strict: bool = True) -> Inventory:
 def fetch_again(before: Inventory) -> Inventory:
     """A quick look at the taps that some process has open, which takes over what cannot have changed.
 
-    That is all about a tap whose queues are the very same, with the same attachment of a program, but for a hold, and
-    the shared body.  NICs without a tap, and all that a VM does without touching its taps, take a ``fetch``.  Raises
-    QsteerError.
+    That is all about a tap whose queues are the very same, with the same attachment of a program, but for a hold, the
+    shared body, and whose RSS of tun's own is.  NICs without a tap, and all that a VM does without touching its taps,
+    take a ``fetch``.  Raises QsteerError.
     """
     known = {(tap.netns, tap.ifindex): tap for tap in before.taps if bool(tap.program_id) == bool(tap.program)}
     groups = _by_tap(kernel.open_queues())
@@ -77,8 +77,9 @@ def fetch_again(before: Inventory) -> Inventory:
         tap = known.get((group[0].netns, group[0].ifindex))
         if tap and tap.queues == group:
             hold, present = _is_on_hold(group, held), programs.body_present(tap.program)
-            unchanged = (hold, present) == (tap.hold, tap.body_present)
-            same.append(tap if unchanged else replace(tap, hold=hold, body_present=present))
+            rss = tap.vnet_hash and marks.marked(tap.vnet_hash, netns=tap.netns, ifindex=tap.ifindex)
+            unchanged = (hold, present, rss) == (tap.hold, tap.body_present, tap.vnet_hash)
+            same.append(tap if unchanged else replace(tap, hold=hold, body_present=present, vnet_hash=rss))
         else:
             changed.append(group)
     if changed:
@@ -116,7 +117,8 @@ def _taps_held(
     held, programs, rss = holds.places(), Programs(), hashing.of_taps(itertools.chain.from_iterable(groups))
     for group in groups:
         tap = _tap(group, names.get(group[0].netns), vms, taps_of, programs, hold=_is_on_hold(group, held))
-        yield replace(tap, vnet_hash=rss.get((tap.netns, tap.ifindex)))
+        found = rss.get((tap.netns, tap.ifindex))
+        yield replace(hashing.looked(tap), vnet_hash=found) if found else tap
 
 
 def _is_on_hold(queues: Sequence[OpenQueue], places: Collection[_Place]) -> bool:
@@ -161,7 +163,6 @@ def _tap(
         nic=vms.nic_of(pid, first.tap, fds, only_one=taps_of.get(pid) == 1),
         held=tuple(one for one in programs.held(pid, vms.files.get(pid)) if _may_be_for(one.info, first)),
         hold=hold,
-        hashing=hashing.hashing(),
     )
 
 

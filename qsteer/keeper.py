@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from qsteer import execute, holds, namespaces, readings, upkeep
+from qsteer import execute, hashing, holds, namespaces, readings, upkeep
 from qsteer.asking import Askers
 from qsteer.errors import BusyError, ConflictError, NotFoundError, QsteerError
 from qsteer.model import Engine, Inventory, Kind, Tap
@@ -353,7 +353,7 @@ class Keeper:
             self._peace(key)
         if now < care.retry_at:
             return None
-        decision = upkeep.decide(care.memory, tap, wanted)
+        decision = upkeep.decide(care.memory, hashing.looked(tap), wanted)
         care.ask = decision.ask
         if not decision.plan:
             if not decision.ask:

@@ -159,17 +159,10 @@ def queue_of(queue_fd: int) -> OpenQueue:
 def vnet_hashes(pid: int = 0) -> dict[tuple[int, int], VnetHash]:
     """What tun hashes by itself on the taps that some process has open, or one; none on a kernel that cannot do it.
 
-    By the tap's network namespace (inode number) and its ifindex.  Raises QsteerError as open_queues does.
+    By the tap's network namespace (inode number) and its ifindex.  A key is as it lies in the kernel's memory
+    (``hashing.vnet_hashes``).  Raises QsteerError as open_queues does.
     """
     return {(raw.netns, raw.ifindex): _vnet_hash(raw) for raw in _records("tun_vnet.bpf.o", "struct qs_vnet_hash", pid)}
-
-
-def tells_vnet_hash() -> bool:
-    """Whether this kernel's BTF tells where tun keeps what it hashes by.  Raises QsteerError as open_queues does."""
-    iterator, known = _look_with("tun_vnet.bpf.o"), ffi.new("int *")
-    if iterator:
-        check_bpf(lib.qs_tun_tells_vnet_hash(iterator, known), _CANNOT_LOOK, hint=_LOOKING_TAKES)
-    return bool(known[0])
 
 
 def _vnet_hash(raw: Any) -> VnetHash:

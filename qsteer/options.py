@@ -76,7 +76,7 @@ def settings(options: argparse.Namespace) -> Settings:
     )
 
 
-def intent(options: argparse.Namespace, given: Settings) -> "Intent":
+def intent(options: argparse.Namespace, given: Settings, *, lenient: bool = False) -> "Intent":
     """What ``apply`` and ``keep`` are asked for, by options over the configuration.  Raises UsageError."""
     from qsteer.intent import Intent
 
@@ -91,6 +91,7 @@ def intent(options: argparse.Namespace, given: Settings) -> "Intent":
         expect=expected(options),
         refresh=options.refresh,
         identify=options.save,
+        lenient=lenient,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qsteer import engines
-from qsteer.errors import BusyError, ConflictError, UnsupportedError
+from qsteer.errors import BusyError, ConflictError, QsteerError, UnsupportedError
 from qsteer.model import Engine, Held, Kind, ProgramInfo, Reading, Source, Steering, Tap, VnetHash
 from qsteer.rss import BASE_TYPES, KEY_BYTES, TABLE_MAX, HashType, RssConfig
 
@@ -142,7 +142,8 @@ class Static:
 class Wanted:
     """What ``apply`` was asked for.  ``source`` and ``engine`` None are ``auto``.
 
-    ``report``: the guest is to be told the hash of each packet.
+    ``report``: the guest is to be told the hash of each packet; None leaves that as it is.  ``lenient``: where it
+    cannot be told, it is steered all the same.
 
     ``expect`` is the ``revision`` that the tap must have.  ``allow_pause`` lets a source stop the VM for a moment.
     ``identify``: something else may be wanted once it is known which NIC this is, so QEMU is asked for that alone.
@@ -150,7 +151,8 @@ class Wanted:
 
     source: Source | None = None
     engine: Engine | None = None
-    report: bool = False
+    report: bool | None = None
+    lenient: bool = False
     static: Static = Static()
     replace: bool = False
     force: bool = False
@@ -312,24 +314,44 @@ def _refuse_kernel(tap: Tap, wanted: Wanted) -> None:
 def _is_by(tap: Tap, wanted: Wanted, source: Source, config: RssConfig) -> bool:
     """Whether the tap is steered so already, by an engine that will do."""
     steering = tap.steering
-    return (
-        steering is not None
-        and steering.kind is Kind.QSTEER
-        and steering.works
-        and (steering.source, steering.config) == (source, config)
-        and wanted.engine in (None, steering.engine)
-        and (not wanted.report or bool(tap.vnet_hash and tap.vnet_hash.report and not tap.program_id))
-    )
+    if not steering or steering.kind is not Kind.QSTEER or not steering.works:
+        return False
+    if (steering.source, steering.config) != (source, config) or wanted.engine not in (None, steering.engine):
+        return False
+    return wanted.report in (None, _reports(tap)) or _choose(tap, wanted, config)[1] in (None, _reports(tap))
+
+
+def _reports(tap: Tap) -> bool:
+    """Whether the guest is told the hash by what steers."""
+    return bool(tap.vnet_hash and tap.vnet_hash.report and not tap.program_id)
+
+
+def _choose(tap: Tap, wanted: Wanted, config: RssConfig) -> tuple[Engine, bool | None, tuple[str, ...]]:
+    """The engine, whether it is to report (None: as it does), and what to know of it.
+
+    Raises as ``engines.choose``, and ConflictError where what somebody else has set would go.
+    """
+    if tap.vnet_hash and not tap.vnet_hash.source and not wanted.replace:
+        if wanted.engine is Engine.KERNEL or (wanted.report and not wanted.lenient):
+            raise ConflictError(
+                f'tap "{tap.name}" has in-kernel hashing that somebody else has set', hint="--replace takes it off"
+            )
+        return Engine.EBPF, None, ()
+    try:
+        return engines.choose(tap, wanted.engine, config, report=bool(wanted.report)), wanted.report, ()
+    except QsteerError as error:
+        if not (wanted.report and wanted.lenient):
+            raise
+        return engines.choose(tap, wanted.engine, config, report=False), None, (f"not reported: {error}",)
 
 
 def _steer(tap: Tap, wanted: Wanted, source: Source, config: RssConfig, notes: tuple[str, ...]) -> Plan:
     """Steer by a configuration that qsteer has, by whichever engine is right."""
-    engine = engines.choose(tap, wanted.engine, config, report=wanted.report)
-    displaced = _displaced_id(tap)
+    engine, report, told = _choose(tap, wanted, config)
+    notes, displaced = (*told, *notes), _displaced_id(tap)
     if engine is Engine.KERNEL:
-        rss = VnetHash(
-            rss=True, report=wanted.report, types=config.types, config=config, source=source, displaced=displaced
-        )
+        report = _reports(tap) if report is None else report
+        rss = VnetHash(rss=True, report=report, types=config.types, config=config, source=source, displaced=displaced)
         steps = _beside_rss(tap, (Detach(),) if tap.program_id else (), SetRss(rss=rss))
     else:
         steps = _without_rss(tap, Attach(config=config, source=source, displaced=displaced))
@@ -355,11 +377,11 @@ def _beside_rss(tap: Tap, detach: tuple[Step, ...], set_rss: SetRss) -> tuple[St
 
 
 def _without_rss(tap: Tap, attach: Step) -> tuple[Step, ...]:
-    """Attach a program, and take RSS off that would wait below it, or is in its way."""
-    if not _clears(tap):
-        return (attach,)
+    """Attach a program, and take RSS off that would wait below it, or is in its way; if that is known to work."""
     generation = tap.hashing.generation
-    return (attach, ClearRss()) if generation and not generation.exclusive else (ClearRss(), attach)
+    if not _clears(tap) or not generation:
+        return (attach,)
+    return (ClearRss(), attach) if generation.exclusive else (attach, ClearRss())
 
 
 def _gap(tap: Tap, steps: tuple[Step, ...]) -> tuple[str, ...]:

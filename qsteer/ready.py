@@ -10,10 +10,10 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qsteer import kernel, programs
+from qsteer import kernel, procs, programs
 from qsteer.errors import from_errno
-from qsteer.model import Engine, Source
-from qsteer.plan import Static
+from qsteer.model import Engine, Source, Tap
+from qsteer.plan import Plan, Static, Wanted, plan_apply
 from qsteer.runplan import Order, stable_mac
 
 VHOST_NET = Path("/dev/vhost-net")
@@ -68,18 +68,51 @@ def make(order: Order) -> ReadyTap:
     )
 
 
+def check_in_kernel(order: Order, static: Static) -> None:
+    """Raises what ``steer_in_kernel`` would raise on this host: UnsupportedError or PermissionDeniedError."""
+    from qsteer import hashing
+
+    _plan_in_kernel(
+        Tap(
+            name=order.ifname or order.id,
+            ifindex=0,
+            netns=0,
+            active=order.queues,
+            disabled=0,
+            multi_queue=order.queues > 1,
+            persistent=False,
+            queues=(),
+            program_id=0,
+            program=None,
+            content=None,
+            body_present=True,
+            program_holders=(),
+            holder=None,
+            domain=None,
+            nic=None,
+            held=(),
+            hold=False,
+            hashing=hashing.hashing(),
+        ),
+        static,
+    )
+
+
 def steer_in_kernel(tap: ReadyTap, static: Static) -> ReadyTap:
     """Have tun itself steer a tap, by a configuration of the host's.  Raises QsteerError; the tap is as it was then."""
     from qsteer import execute
     from qsteer.attached import tap_of
-    from qsteer.plan import Wanted, plan_apply
 
-    plan = plan_apply(
-        tap_of(kernel.queue_of(tap.queue_fds[0])), Wanted(source=Source.STATIC, engine=Engine.KERNEL, static=static)
-    )
+    # QEMU will be this very process.
+    made = replace(tap_of(kernel.queue_of(tap.queue_fds[0])), holder=procs.read(os.getpid()))
+    plan = _plan_in_kernel(made, static)
     with execute.lock(LOCK_S):
         execute.execute(plan)
     return replace(tap, program=f"in-kernel RSS ({plan.tap.hashing.generation})")
+
+
+def _plan_in_kernel(tap: Tap, static: Static) -> Plan:
+    return plan_apply(tap, Wanted(source=Source.STATIC, engine=Engine.KERNEL, static=static))
 
 
 def has_vhost() -> bool:

@@ -410,6 +410,8 @@ def domain_json(shown: "Shown") -> Json:
                 "queues": nic.interface.queues,
                 "rss": nic.interface.rss,
                 "source": str(nic.wanted.source or "auto"),
+                "engine": str(nic.wanted.engine or "auto"),
+                "hash_report": bool(nic.wanted.hash_report),
                 "types": None if nic.wanted.static.types is None else list(format_hash_types(nic.wanted.static.types)),
                 "key": None if nic.wanted.static.key is None else format_key(nic.wanted.static.key),
                 "table": None if nic.wanted.static.table is None else list(nic.wanted.static.table),

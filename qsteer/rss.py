@@ -49,7 +49,12 @@ def known_types(bits: int) -> HashType:
 
 
 def key_bytes_used(types: HashType) -> int:
-    """How much of a key the hash of the longest input of these types depends on: 4 bytes and as many as the input."""
+    """How much of a key the hash of the longest input of these types depends on: 4 bytes and as many as the input.
+
+    Without a type that is nothing.
+    """
+    if not types:
+        return 0
     over_ports = HashType.TCP6 | HashType.UDP6 | HashType.TCP_EX | HashType.UDP_EX
     inputs = ((over_ports, 36), (HashType.IP6 | HashType.IP_EX, 32), (HashType.TCP4 | HashType.UDP4, 12))
     return 4 + next((length for kinds, length in inputs if types & kinds), 8)

@@ -107,6 +107,9 @@ def run(
 
     if maker.name and any(nic.in_kernel is not None for nic in plan.nics):
         raise UnsupportedError(f"{maker.name} sets no in-kernel RSS", hint="--engine ebpf; or run as root")
+    for nic, order in zip(plan.nics, runplan.orders(plan), strict=True):
+        if nic.in_kernel is not None:
+            ready.check_in_kernel(order, nic.in_kernel)
     if plan.vm is None and any(nic.mac is None and not nic.spec.ifname for nic in plan.nics):
         nameless = "the VM has no name: a MAC is made of the tap's, and may be another one next time; see --vm"
         plan = replace(plan, notes=(*plan.notes, nameless))

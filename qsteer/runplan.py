@@ -335,7 +335,8 @@ def plan_nic(
         lost_vhost = spec.vhost is Vhost.AUTO and vhost_available and not vhost
         notes = _notes(spec, own, version=probe.version_text, steered=steered, lost_vhost=lost_vhost)
     else:
-        notes = (_check_in_kernel(spec, offered=bool(own_rss) or spec.rss is Rss.ON, vhost=vhost),)
+        offered = spec.rss is Rss.ON if own_rss is None else own_rss
+        notes = (_check_in_kernel(spec, offered=offered, vhost=vhost), *_one_queue_only(own))
     wanted = ["mac"]
     if spec.queues > 1:
         wanted += ("mq", "vectors")
@@ -433,11 +434,15 @@ def _notes(
             "vhost=off: QEMU 10.1 and later ignores the steering program with vhost; "
             "vhost=on keeps vhost and gives up RSS"
         )
-    if qemuargs.parse_bool(own.get("mq")) is False:
-        notes.append("mq=off on QEMU's command line: the guest uses one queue only")
+    notes += _one_queue_only(own)
     if qemuargs.parse_bool(own.get("hash")):
         notes.append("hash=on: QEMU steers in software once the guest asks for hash reports")
     return tuple(notes)
+
+
+def _one_queue_only(own: Mapping[str, object]) -> tuple[str, ...]:
+    off = qemuargs.parse_bool(own.get("mq")) is False
+    return ("mq=off on QEMU's command line: the guest uses one queue only",) if off else ()
 
 
 def _given_mac(spec: TapSpec, own: Mapping[str, object]) -> str | None:

@@ -162,8 +162,8 @@ def lines_of(said: Settings) -> list[str]:
     lines = []
     if said.engine is not None:
         lines.append(f'engine = "{said.engine}"')
-    if said.hash_report:
-        lines.append("hash-report = true")
+    if said.hash_report is not None:
+        lines.append(f"hash-report = {str(said.hash_report).lower()}")
     if static.types is not None:
         lines.append(f"types = {_array(format_hash_types(static.types))}")
     if static.key is not None:

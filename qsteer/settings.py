@@ -79,13 +79,15 @@ def wanted(
     expect: str | None = None,
     refresh: bool = False,
     identify: bool = False,
+    lenient: bool = False,
 ) -> Wanted:
     """What ``apply`` and ``keep`` do with settings.  ``refresh`` keeps the configuration, whatever is set."""
     source = settings.source if isinstance(settings.source, Source) and not refresh else None
     return Wanted(
         source=source,
         engine=settings.engine if isinstance(settings.engine, Engine) else None,
-        report=bool(settings.hash_report),
+        report=settings.hash_report,
+        lenient=lenient,
         static=settings.static if source else Static(),
         replace=bool(settings.replace),
         force=bool(settings.force),

@@ -143,7 +143,6 @@ struct qs_tun_iter;
 int qs_tun_iter_open(const char *object, int tun_fd, struct qs_tun_iter **iter);
 void qs_tun_iter_close(struct qs_tun_iter *iter);
 int qs_tun_iter_read(struct qs_tun_iter *iter, int pid, void **records, size_t *size);
-int qs_tun_tells_vnet_hash(struct qs_tun_iter *iter, int *tells);
 void qs_free(void *memory);
 int qs_tun_digest_devices(struct qs_tun_iter *iter, uint64_t *digest);
 int qs_tun_digest_holders(struct qs_tun_iter *iter, uint64_t *digest);
@@ -171,7 +170,12 @@ int qs_vnet_can(int fd, struct qs_vnet_can *can);
 int qs_vnet_rss(int fd, uint32_t abi, const struct qs_rss_config *config, const uint8_t *key, const uint16_t *table,
                 int report);
 int qs_vnet_automq(int fd, uint32_t abi, uint32_t types);
-int qs_vnet_probe(struct qs_vnet_probe *found);
+struct qs_vnet_probing { int pid; ...; };
+int qs_vnet_probe_start(struct qs_vnet_probing *probing, struct qs_vnet_probe *found);
+void qs_vnet_probe_end(struct qs_vnet_probing *probing);
+static const uint8_t qs_vnet_probe_key[...];
+#define QS_VNET_PROBE_ENTRIES ...
+static const uint16_t qs_vnet_probe_table[...];
 """)
 
 ffi.set_source(

@@ -132,15 +132,17 @@ def decide(memory: Memory, tap: Tap, wanted: Wanted) -> Decision:
     other_engine = wanted.engine not in (None, steering.engine)
     if not memory.settled and (wanted.source or other_engine or wanted.report):
         return _with_reading(memory, tap, wanted)
-    wanted = _by_the_engine(wanted, steering.engine)
+    wanted = _as_before(wanted, replace(memory, engine=steering.engine, rss=None))
     source = steering.source
     if source and source.is_asked:
         return _with_reading(memory, tap, _from(source, tap, wanted))
-    if steering.works:
+    if steering.works and not (wanted.report and source is Source.STATIC):
         return Decision()
-    # What lost its body is loaded again with what it holds.
-    source = Source.STATIC if source is Source.STATIC else None
-    return Decision(plan=(tap, Wanted(source=source, engine=wanted.engine, force=True)))
+    # What lost its body is loaded again with what it holds; what does not report may have come to be able to.
+    again = Wanted(source=Source.STATIC if source is Source.STATIC else None, engine=Engine.EBPF, force=True)
+    if steering.works:
+        again = replace(again, engine=wanted.engine, report=True, lenient=True)
+    return Decision(plan=(tap, again))
 
 
 def _restore(memory: Memory, tap: Tap, wanted: Wanted) -> Decision:
@@ -154,26 +156,22 @@ def _restore(memory: Memory, tap: Tap, wanted: Wanted) -> Decision:
             unclassified_queue=config.unclassified_queue,
         )
         # It was there before, so somebody wanted it, be it against what QEMU does in software.
-        again = Wanted(
-            source=Source.STATIC,
-            engine=_by_the_engine(wanted, memory.engine).engine,
-            report=wanted.report,
-            static=static,
-            replace=wanted.replace,
-            force=True,
-        )
+        before = _as_before(wanted, memory)
+        again = replace(before, source=Source.STATIC, static=static, force=True, allow_pause=False, identify=False)
         return Decision(plan=(tap, again))
     if memory.reading:
-        wanted = _by_the_engine(wanted, memory.engine)
+        wanted = _as_before(wanted, memory)
         return _with_reading(memory, tap, _from(memory.reading.source, tap, wanted))
     if memory.settled and wanted.source in _MAPS:
         wanted = replace(wanted, source=None)
     return _with_reading(memory, tap, wanted)
 
 
-def _by_the_engine(wanted: Wanted, engine: Engine | None) -> Wanted:
-    """By the engine that steered before: somebody chose it, be it ``auto``."""
-    return replace(wanted, engine=wanted.engine or engine)
+def _as_before(wanted: Wanted, memory: Memory) -> Wanted:
+    """By the engine that steered, if that was a program, which can do all; tun is what ``auto`` takes where it can."""
+    engine = wanted.engine or (memory.engine if memory.engine is Engine.EBPF else None)
+    report = memory.rss.report if wanted.report is None and memory.rss else wanted.report
+    return replace(wanted, engine=engine, report=report, lenient=True)
 
 
 def _from(source: Source | None, tap: Tap, wanted: Wanted) -> Wanted:

@@ -74,6 +74,8 @@ def show(given: argparse.Namespace) -> int:
 
 def apply(given: argparse.Namespace) -> int:
     """Steer what is selected."""
+    from qsteer import hashing
+
     settings = options.settings(given)
     intent = options.intent(given, settings)
 
@@ -87,7 +89,7 @@ def apply(given: argparse.Namespace) -> int:
         answer = answers.get(_place(tap), tap)
         if isinstance(answer, QsteerError):
             raise answer
-        told = replace(tap, nic=answer.nic or tap.nic, reading=answer.reading, unread=answer.unread)
+        told = replace(hashing.looked(tap), nic=answer.nic or tap.nic, reading=answer.reading, unread=answer.unread)
         return plan_apply(told, intent(told))
 
     return _change(given, "qsteer.apply/1", make_plan, nics, _Saving(settings, intent) if given.save else None)
@@ -198,13 +200,14 @@ def _change(
     saving: _Saving | None = None,
 ) -> int:
     """Fetch, compute, execute, save.  With several taps one that is refused does not stop the others."""
-    from qsteer import execute, holds
+    from qsteer import execute, holds, marks
 
     failures: list[QsteerError] = []
     documents = []
     with contextlib.nullcontext() if given.dry_run else execute.lock(given.timeout):
         if not given.dry_run:
             holds.forget_ended()
+            marks.forget_ended()
         taps = _selected(given, nics)
         if saving:
             saving.refuse_several_claimants(taps)
@@ -356,7 +359,7 @@ def keep(given: argparse.Namespace) -> int:
 
     return daemon.main_keep(
         options.selection(given, required=True),
-        options.intent(given, options.settings(given)),
+        options.intent(given, options.settings(given), lenient=True),
         replace(options.manner(given), turn_s=0.0),
         reread_s=given.reread,
         json=given.json,

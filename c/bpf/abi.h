@@ -144,8 +144,8 @@ struct qs_vnet_hash {
 	__u8 report;
 	__u16 unclassified_queue;
 	__u32 types;
-	__u32 entries; /* of the table */
-	__u8 key[QS_KEY_BYTES];
+	__u32 entries;		/* of the table */
+	__u8 key[QS_KEY_BYTES]; /* as it lies in memory: mostly in words of the machine's order */
 	__u16 table[QS_TABLE_ENTRIES];
 };
 
@@ -155,7 +155,6 @@ _Static_assert(sizeof(struct qs_vnet_hash) == 316, "no hidden padding");
 struct qs_tun_state {
 	__u64 tun_fops; /* the address of tun's file operations, 0 until it is learnt */
 	__u64 digest;
-	__u64 tells_vnet_hash; /* this kernel's BTF has what c/bpf/tun_vnet.h reads */
 };
 
 #endif

@@ -115,6 +115,7 @@ static __always_inline void qs_add_device(struct qs_walk *walk, struct net_devic
 	if (prog)
 		hash = qs_fold(hash, BPF_CORE_READ(prog, prog, aux, id));
 	hash = qs_fold(hash, qs_vnet_hash_digest(tun));
+	hash = qs_fold(hash, BPF_CORE_READ(tun, vnet_hdr_sz));
 	state.digest += qs_finish(qs_fold_queues(hash, tun));
 }
 

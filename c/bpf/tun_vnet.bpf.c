@@ -17,7 +17,6 @@ int qsteer_tun_vnet(struct bpf_iter__task_file *ctx)
 	struct net_device *dev;
 	struct tun_struct *tun;
 
-	state.tells_vnet_hash = qs_tells_vnet_hash();
 	if (!task || !file || !qs_is_tun(ctx->fd, file))
 		return 0;
 	/* Read as a number: the verifier lets nobody calculate with what it knows as a pointer. */
@@ -31,14 +30,7 @@ int qsteer_tun_vnet(struct bpf_iter__task_file *ctx)
 	if (found.rss) {
 		__u32 bytes = 2 * found.entries;
 
-		for (__u32 i = 0; i < QS_KEY_BYTES / 4; i++) {
-			__u32 word = 0;
-
-			/* Kept in words, for the processor to calculate with. */
-			bpf_probe_read_kernel(&word, sizeof(word), key + 4 * i);
-			word = __builtin_bswap32(word);
-			__builtin_memcpy(&found.key[4 * i], &word, sizeof(word));
-		}
+		bpf_probe_read_kernel(found.key, sizeof(found.key), key);
 		if (bytes > sizeof(found.table))
 			bytes = sizeof(found.table);
 		bpf_probe_read_kernel(found.table, bytes, table);

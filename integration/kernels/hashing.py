@@ -107,7 +107,8 @@ def main(arguments: Sequence[str]) -> int:
                 continue
             file.write(json.dumps(row) + "\n")
             file.flush()
-            failed |= any(how != "passed" for how in row.get("tests", {}).values())
+            # No tests at all are a failure, too.
+            failed |= "tests" in row and set(row["tests"].values()) != {"passed"}
     return int(failed)
 
 

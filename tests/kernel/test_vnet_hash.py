@@ -8,9 +8,12 @@ import errno
 import fcntl
 import mmap
 import os
+import pickle
 import select
+import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +29,7 @@ from qsteer._shim import ffi, lib
 from qsteer.errors import ConflictError, QsteerError, UnsupportedError
 from qsteer.execute import execute
 from qsteer.model import Engine, Generation, Hashing, Kind, Source, Tap, VnetHash
-from qsteer.plan import Plan, Wanted, plan_apply, plan_off
+from qsteer.plan import Plan, Static, Wanted, plan_apply, plan_off
 from qsteer.rss import BASE_TYPES, NO_TYPES, HashType, RssConfig, parse_key
 from qsteer.shim import raw_config
 from tests.kernel import private, standin, support
@@ -123,10 +126,15 @@ class Device:
 
     def known(self) -> Tap:
         (tap,) = (tap for tap in inventory.fetch().taps if tap.name == NAME)
-        return tap
+        return hashing.looked(tap)
 
     def apply(
-        self, engine: Engine | None = None, config: RssConfig = CONFIG, *, report: bool = False, replaces: bool = False
+        self,
+        engine: Engine | None = None,
+        config: RssConfig = CONFIG,
+        *,
+        report: bool | None = None,
+        replaces: bool = False,
     ) -> Plan:
         """As ``qsteer apply`` with a configuration of the operator's."""
         wanted = Wanted(source=Source.STATIC, engine=engine, static=static_of(config), report=report, replace=replaces)
@@ -274,10 +282,10 @@ def test_errnos_of_short_memory(device: Device) -> None:
     """EFAULT wherever it ends early, and what was set before stays."""
     for request, message in messages():
         assert ioctl_at_the_end(device.fd, request, message) == "ok"
-        before = kernel.vnet_hashes()
+        before = hashing.vnet_hashes()
         for length in range(0, len(message), 1 if len(message) < 9 else 3):
             assert ioctl_at_the_end(device.fd, request, message[:length]) == "EFAULT", (hex(request), length)
-        assert kernel.vnet_hashes() == before
+        assert hashing.vnet_hashes() == before
 
 
 @patched
@@ -341,7 +349,7 @@ def test_nonsense_is_taken(device: Device) -> None:
     request = SETTERS[-1]
     message = head + table_and_key
     assert LIBC.ioctl(device.fd, ctypes.c_ulong(request), message) == 0
-    (found,) = kernel.vnet_hashes().values()
+    (found,) = hashing.vnet_hashes().values()
     assert found == VnetHash(rss=True, report=False, types=HashType(0x1FF), config=None)
     assert device.known().steering
     with pytest.raises(ConflictError, match="somebody else has set"):
@@ -349,11 +357,11 @@ def test_nonsense_is_taken(device: Device) -> None:
 
 
 @patched
-def test_ipv6_alone_takes_the_key_wrongly_in_v12(device: Device) -> None:
-    """Why qsteer refuses that: the right hash does not come out, but by chance."""
+def test_ipv6_alone_takes_the_key_wrongly(device: Device) -> None:
+    """Why qsteer refuses that: the right hashes do not come out."""
     device.set(replace(CONFIG, types=HashType.IP6 | HashType.TCP6), report=True)
     told = {struct.unpack("<I", device.send(VECTORS[name].frame)[1][12:16])[0] for name in ("ipv6", "tcpv6")}
-    assert (told == {0xD6EB560F, 0xC2B9F251}) != NEWEST
+    assert told != {0xD6EB560F, 0xC2B9F251}
 
 
 # --- What qsteer makes of it ------------------------------------------------------------------------------------------
@@ -363,7 +371,28 @@ def test_ipv6_alone_takes_the_key_wrongly_in_v12(device: Device) -> None:
 def test_what_is_found() -> None:
     assert GENERATION
     assert hashing.hashing() == Hashing(generation=GENERATION, types=BASE_TYPES, reports=True, why_not="")
-    assert not any(name.startswith("qsteer-probe") for name in os.listdir("/sys/class/net"))  # noqa: PTH208
+    support.wait_until("its tap is gone", lambda: not [one for one in kernel.open_queues() if "probe" in one.tap])
+
+
+WITHOUT_RAW = ("setpriv", "--bounding-set=-net_raw", "--inh-caps=-net_raw", "--")
+
+
+@patched
+def test_who_may_not_look_steers_by_a_program(device: Device) -> None:
+    """apply says so, keep goes on; what others have set is seen all the same."""
+    device.apply()
+    apply = (*WITHOUT_RAW, sys.executable, "-m", "qsteer", "apply", "--vm", NAME)
+    with daemon("keep", NAME, prefix=WITHOUT_RAW) as keep:
+        keep.wait_told("READY")
+        assert automq_raw(device.fd) == "ok"
+        keep.wait_for("put-back")
+    tap = device.known()
+    assert tap.program_id and tap.steering and tap.steering.config == CONFIG
+    device.off()
+    done = subprocess.run(apply, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "by a program: whether tun hashes by itself can only be seen with" in done.stdout
+    done = subprocess.run((*apply, "--engine", "kernel"), capture_output=True, text=True, check=False)
+    assert done.returncode == 4 and done.stderr.startswith("qsteer: no in-kernel RSS: whether tun hashes")
 
 
 @decoy
@@ -436,13 +465,19 @@ def test_auto_and_the_way_back(device: Device) -> None:
 @pytest.mark.parametrize("types", [BASE_TYPES | HashType.TCP_EX, HashType.IP6 | HashType.TCP6])
 def test_what_tun_cannot_do_a_program_does(device: Device, types: HashType) -> None:
     config = replace(CONFIG, types=types)
-    able = types == HashType.IP6 | HashType.TCP6 and not NEWEST
-    assert device.apply(config=config).engine is (Engine.KERNEL if able else Engine.EBPF)
+    assert device.apply(config=config).engine is Engine.EBPF
     device.off()
-    if not able:
-        with pytest.raises(UnsupportedError, match=r"does not hash tcp-ex|takes the key wrongly"):
-            device.apply(Engine.KERNEL, config)
+    with pytest.raises(UnsupportedError, match=r"does not hash tcp-ex|takes the key wrongly"):
+        device.apply(Engine.KERNEL, config)
     assert not device.known().steering
+
+
+@patched
+def test_no_hash_type_at_all(device: Device) -> None:
+    config = replace(CONFIG, types=NO_TYPES)
+    assert device.apply(config=config).engine is Engine.KERNEL
+    assert set(device.queues()) == {5 % 3}
+    assert device.apply(config=config).result == "unchanged"
 
 
 @patched
@@ -532,7 +567,46 @@ def test_hash_reports(device: Device) -> None:
     plan = device.apply(report=True)
     assert plan.engine is Engine.KERNEL
     assert device.send(VECTORS["tcpv4"].frame)[1][12:18] == struct.pack("<IH", 0xFB63539A, 2)
-    assert device.apply(report=True).result == "unchanged"
+    assert device.apply(report=True).result == device.apply().result == "unchanged"
+    device.apply(config=replace(CONFIG, table=(4, 3)))
+    assert device.send(VECTORS["tcpv4"].frame) == (1, bytes(12) + struct.pack("<IHH", 0xFB63539A, 2, 0))
+    device.apply(report=False)
+    assert device.send(VECTORS["tcpv4"].frame)[1] == bytes(HEADER)
+
+
+@patched
+def test_a_report_over_automq_is_somebodys(device: Device) -> None:
+    assert automq_raw(device.fd, BASE_TYPES) == "ok"
+    with pytest.raises(ConflictError, match="hashing that somebody else has set"):
+        device.apply(Engine.KERNEL)
+    if not EXCLUSIVE:
+        assert device.apply().engine is Engine.EBPF
+        assert [rss.report for rss in hashing.vnet_hashes().values()] == [True]
+
+
+@patched
+def test_death_at_any_moment_leaves_it_qsteers(device: Device) -> None:
+    """Between the mark and what it is about, and after it."""
+    device.apply()
+    plan = plan_apply(device.known(), Wanted(static=Static(table=(4, 3)), source=Source.STATIC))
+    for name in ("hashing.set_rss", "tapfiles.TapFile.restore"):
+        code = f"""
+import os, pickle, signal, sys
+from qsteer import execute, hashing, tapfiles
+works = {name}
+calls = iter(range(3))
+def dying(*given, **more):
+    if next(calls) == {int("restore" in name)}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return works(*given, **more)
+{name} = dying
+execute.execute(pickle.load(sys.stdin.buffer))
+"""
+        killed = subprocess.run((sys.executable, "-c", code), input=pickle.dumps(plan), check=False)
+        assert killed.returncode == -signal.SIGKILL
+        steering = device.known().steering
+        assert steering and steering.kind is Kind.QSTEER and steering.config
+        assert steering.config.table == ((4, 3) if "restore" in name else (3, 4))
 
 
 @patched
@@ -542,7 +616,7 @@ def test_what_replaced_it_meanwhile_stays(device: Device) -> None:
     device.set(replace(CONFIG, table=(1, 2)))
     with pytest.raises(QsteerError, match="changed meanwhile"):
         execute(plan)
-    (found,) = kernel.vnet_hashes().values()
+    (found,) = hashing.vnet_hashes().values()
     assert found.config and found.config.table == (1, 2)
 
 

@@ -670,6 +670,23 @@ def test_show(
     ]
 
 
+def test_show_tells_the_engine(
+    stand_in: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hash report is the configuration's alone."""
+    (folder / "qsteer.toml").write_text('[[nic]]\nmatch = { nic = "net2" }\nengine = "auto"\nhash-report = true\n')
+    policy = Policy(entries=(Entry(alias="net0", settings=Settings(engine=Engine.KERNEL)),))
+    nics = (nic(MAC, "net0"), nic(OTHER, "net1"), nic("52:54:00:00:00:03", "net2"))
+    (stand_in / "dumpxml").write_text(xml(*nics, policy=policy))
+    code, out, _ = command(capsys, monkeypatch, "show", "web1", "--json")
+    assert code == 0
+    assert [(one["alias"], one["engine"], one["hash_report"]) for one in json.loads(out)["interfaces"]] == [
+        ("net0", "kernel", False),
+        ("net1", "auto", False),
+        ("net2", "auto", True),
+    ]
+
+
 def test_show_with_mistakes(
     stand_in: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 
 import errno
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +11,15 @@ import pytest
 from qsteer import hashing, kernel
 from qsteer._shim import lib
 from qsteer.errors import QsteerError
-from qsteer.model import Generation
-from qsteer.rss import BASE_TYPES
+from qsteer.model import Generation, VnetHash
+from qsteer.rss import BASE_TYPES, RssConfig, known_types
+
+PID = 4242
+
+
+def _words(key: bytes) -> bytes:
+    return b"".join(key[at : at + 4][::-1] for at in range(0, len(key), 4))
+
 
 WORKS = {"steers": 1, "reports": 1, "exclusive": 0, "strict": 0}
 
@@ -21,13 +29,18 @@ class Probes:
 
     def __init__(self, result: int = 0, abi: int = lib.QS_VNET_ABI_12, types: int = 0x3F, **found: int) -> None:
         self.result, self.abi, self.types, self.found = result, abi, types, WORKS | found
-        self.calls = 0
+        self.calls = self.ended = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(lib, name)
 
-    def qs_vnet_probe(self, out: Any) -> int:
+    def qs_vnet_probe_end(self, probing: Any) -> None:
+        assert probing.pid == PID
+        self.ended += 1
+
+    def qs_vnet_probe_start(self, probing: Any, out: Any) -> int:
         self.calls += 1
+        probing.pid = PID
         out.can.abi, out.can.types = self.abi, self.types
         for name, value in self.found.items():
             setattr(out, name, value)
@@ -38,11 +51,20 @@ class Probes:
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashing, "_known", {})
     monkeypatch.setattr(kernel, "driver", lambda: 7)
-    monkeypatch.setattr(kernel, "tells_vnet_hash", lambda: True)
 
 
-def use(monkeypatch: pytest.MonkeyPatch, probes: Probes) -> Probes:
+def use(monkeypatch: pytest.MonkeyPatch, probes: Probes, told: Callable[[bytes], bytes] | None = _words) -> Probes:
+    """``told`` makes what is in the kernel's memory of a key; None where that does not show."""
+
+    def vnet_hashes(pid: int = 0) -> dict[tuple[int, int], VnetHash]:
+        assert pid in (0, PID)
+        types = known_types(probes.types)
+        key = told(bytes(lib.qs_vnet_probe_key)) if told else b""
+        config = RssConfig(types=types, key=key, table=tuple(lib.qs_vnet_probe_table)) if told else None
+        return {(1, 2): VnetHash(rss=True, report=False, types=types, config=config)}
+
     monkeypatch.setattr(hashing, "lib", probes)
+    monkeypatch.setattr(kernel, "vnet_hashes", vnet_hashes)
     return probes
 
 
@@ -62,7 +84,7 @@ def test_generations(monkeypatch: pytest.MonkeyPatch, probes: Probes, generation
     found = hashing.hashing()
     assert found.generation is generation
     assert (found.types, found.reports, found.why_not) == (BASE_TYPES, True, "") if generation else found.why_not
-    assert not found.denied and hashing.hashing() is found and probes.calls == 1
+    assert not found.denied and hashing.hashing() is found and probes.calls == probes.ended == 1
 
 
 def test_without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,14 +119,27 @@ def test_another_tun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hashing.hashing().generation and probes.calls == 2
 
 
-def test_what_cannot_be_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, Probes())
-    monkeypatch.setattr(kernel, "tells_vnet_hash", lambda: False)
-    assert "does not show what is set" in hashing.hashing().why_not
-    hashing._known.clear()
+@pytest.mark.parametrize("told", [bytes, _words])
+def test_how_a_key_is_kept(monkeypatch: pytest.MonkeyPatch, told: Callable[[bytes], bytes]) -> None:
+    """As it came, or in words of the machine's order: it is seen, and turned round."""
+    use(monkeypatch, Probes(), told)
+    assert hashing.hashing().generation
+    ((_, seen),) = hashing.vnet_hashes().items()
+    assert seen.config and seen.config.key == bytes(lib.qs_vnet_probe_key)
 
-    def refuse() -> bool:
+
+@pytest.mark.parametrize("told", [None, lambda key: key[::-1]])
+def test_what_cannot_be_read_back(monkeypatch: pytest.MonkeyPatch, told: Callable[[bytes], bytes] | None) -> None:
+    probes = use(monkeypatch, Probes(), told)
+    assert "does not show what is set" in hashing.hashing().why_not
+    assert probes.ended == 1
+
+
+def test_what_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = use(monkeypatch, Probes())
+
+    def refuse(pid: int) -> bool:
         raise QsteerError("cannot look")
 
-    monkeypatch.setattr(kernel, "tells_vnet_hash", refuse)
-    assert hashing.hashing().why_not == "cannot look"
+    monkeypatch.setattr(kernel, "vnet_hashes", refuse)
+    assert hashing.hashing().why_not == "cannot look" and probes.ended == 1

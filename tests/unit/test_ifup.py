@@ -2,15 +2,23 @@
 """What qsteer-ifup makes of a QEMU's command line, and its own."""
 
 import argparse
+import contextlib
 import re
 import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from qsteer import ifup, qemuargs
-from qsteer.errors import UsageError
-from qsteer.ifupplan import Behind, behind, decide, needs_version, warning
+from qsteer import execute, hashing, holds, ifup, kernel, marks, others, programs, qemuargs
+from qsteer.errors import UnsupportedError, UsageError
+from qsteer.ifupplan import Behind, Decision, behind, decide, needs_version, warning
+from qsteer.model import Engine, Generation, Hashing, Kind, Source, Tap, VnetHash
+from qsteer.plan import ClearRss, Plan, SetRss, Static
+from qsteer.rss import BASE_TYPES, NO_TYPES, HashType
+from qsteer.settings import AUTO, Settings
+from tests.unit.taps import CONFIG, KEY, OWN_STATIC, process, program, queue, tap
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "qsteer.8").read_text()
@@ -108,6 +116,225 @@ def test_what_to_do(case: str) -> None:
 def test_the_version_is_asked_for_only_where_it_matters() -> None:
     needless = {case for case, (known, *_) in DECISIONS.items() if not needs_version(known)}
     assert needless == {"one queue", "rss=on", "rss=on, vhost=on, 10.0", "nothing known"}
+
+
+IN_KERNEL = {
+    # what is behind: whether there is a reason why it may not last
+    "rss=off": (nic(), False),
+    "vhost=on": (nic(vhost=True), False),
+    "no -device": (nic(rss=None), True),
+    "no -device, vhost=on": (nic(rss=None, vhost=True), True),
+    "nothing known": (None, True),
+}
+
+
+@pytest.mark.parametrize("version", [None, (7, 2), (9, 0), (10, 0), (10, 1), (11, 1)])
+@pytest.mark.parametrize("case", IN_KERNEL, ids=IN_KERNEL)
+def test_no_qemu_takes_in_kernel_rss_off(case: str, version: tuple[int, int] | None) -> None:
+    known, may_be_lost = IN_KERNEL[case]
+    decision = decide(known, version, in_kernel=True)
+    assert (decision.attach, bool(decision.lost)) == (True, may_be_lost)
+    assert "takes it off" not in decision.lost
+
+
+@pytest.mark.parametrize("case", ["one queue", "rss=on", "rss=on, vhost=on, 10.0"])
+def test_what_does_not_depend_on_the_engine(case: str) -> None:
+    known, version, *_ = DECISIONS[case]
+    assert decide(known, version, in_kernel=True) == decide(known, version)
+
+
+STOCK = Hashing(why_not="this kernel's tun does not hash by itself")
+ABLE = Hashing(generation=Generation.V12, types=BASE_TYPES, why_not="")
+KERNEL, EBPF = Settings(engine=Engine.KERNEL), Settings(engine=Engine.EBPF)
+EX = Settings(static=Static(types=BASE_TYPES | HashType.IP_EX))
+FOREIGN_RSS = VnetHash(rss=True, report=False, types=CONFIG.types, config=CONFIG)
+
+ENGINES = {
+    # what is set, the tap: whether tun itself is going to steer
+    "a kernel that can": (Settings(), tap(hashing=ABLE), True),
+    "auto": (Settings(engine=AUTO), tap(hashing=ABLE), True),
+    "a kernel that cannot": (Settings(), tap(hashing=STOCK), False),
+    "told to, on one that cannot": (KERNEL, tap(hashing=STOCK), True),
+    "told to": (KERNEL, tap(hashing=ABLE), True),
+    "told not to": (EBPF, tap(hashing=ABLE), False),
+    "types that it does not know": (EX, tap(hashing=ABLE), False),
+    "types that it knows": (EX, tap(hashing=replace(ABLE, types=BASE_TYPES | HashType.IP_EX)), True),
+    "no type over IPv4": (Settings(static=Static(types=HashType.TCP6)), tap(hashing=ABLE), False),
+    "a program that stays": (Settings(), tap(hashing=ABLE, program=OWN_STATIC), False),
+    "what stays is somebody else's": (Settings(), tap(hashing=ABLE, vnet_hash=FOREIGN_RSS), False),
+    "what stays is in the kernel": (
+        Settings(),
+        tap(hashing=ABLE, vnet_hash=replace(FOREIGN_RSS, source=Source.STATIC)),
+        True,
+    ),
+    "one queue": (Settings(), tap(hashing=ABLE, multi_queue=False), False),
+}
+
+
+def call(known: Behind | None) -> ifup._Call:
+    return ifup._Call(tap="vnet0", fd=9, qemu=process(), behind=known)
+
+
+def start(
+    monkeypatch: pytest.MonkeyPatch, known: Behind | None, settings: Settings, found: Tap
+) -> tuple[bool, Decision]:
+    """Whether QEMU was asked for its version (it is 11.1 then), and what was decided."""
+    asked: list[int] = []
+    decided: list[Decision] = []
+
+    def ask(pid: int) -> contextlib.AbstractContextManager[None]:
+        asked.append(pid)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(ifup, "_call", lambda _: call(known))
+    monkeypatch.setattr(ifup, "_settings", lambda *_: settings)
+    monkeypatch.setattr(ifup, "_queue", lambda _: queue())
+    monkeypatch.setattr(ifup, "_tap", lambda *_: found)
+    monkeypatch.setattr(others, "asked_for_version", ask)
+    monkeypatch.setattr(others, "version", lambda _: (11, 1) if asked else None)
+    monkeypatch.setattr(ifup, "_steer", lambda _, decision, *__, **___: decided.append(decision))
+    monkeypatch.setattr(ifup, "_set_up", lambda *_: None)
+    ifup._up(argparse.Namespace(tap="vnet0", bridge=None, required=False))
+    (decision,) = decided
+    return bool(asked), decision
+
+
+@pytest.mark.parametrize("case", ENGINES, ids=ENGINES)
+def test_where_tun_itself_steers_qemus_version_is_not_asked_for(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, found, in_kernel = ENGINES[case]
+    asked, decision = start(monkeypatch, nic(vhost=True), settings, found)
+    assert asked is not in_kernel
+    assert decision == decide(nic(vhost=True), (11, 1), in_kernel=in_kernel)
+    assert decision.attach is in_kernel
+    asked, decision = start(monkeypatch, None, settings, found)
+    assert not asked and decision == decide(None, in_kernel=in_kernel)
+
+
+@pytest.mark.parametrize("known", [nic(rss=True), nic(rss=True, vhost=True), nic(queues=1)])
+def test_the_engine_is_not_looked_for_where_it_does_not_matter(known: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ifup, "_in_kernel", lambda *_: pytest.fail("looked for"))
+    assert start(monkeypatch, known, Settings(), tap()) == (False, decide(known))
+
+
+def test_a_tap_that_cannot_be_looked_at_is_told_of_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise UnsupportedError("in another network namespace")
+
+    monkeypatch.setattr(ifup, "_queue", fail)
+    assert not ifup._in_kernel(call(nic()), Settings())
+    assert ifup._in_kernel(call(nic()), KERNEL)
+
+
+RSS = VnetHash(
+    rss=True,
+    report=False,
+    types=CONFIG.types,
+    config=replace(CONFIG, table=(3, 1)),
+    source=Source.STATIC,
+)
+REPORTS = VnetHash(rss=False, report=True, types=HashType.TCP4, config=None)
+TABLE = Static(key=KEY, table=(1, 0))
+
+
+class Kernel:
+    """What undo does to a tap, in order, and what tun hashes by."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, found: Tap) -> None:
+        self.did: list[tuple[object, ...]] = []
+        self.rss = found.vnet_hash
+        self.mark = marks.file(netns=found.netns, ifindex=found.ifindex)
+        monkeypatch.setattr(execute, "lock", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(execute, "execute", self._execute)
+        monkeypatch.setattr(ifup, "_queue", lambda _: replace(queue(), program_id=found.program_id))
+        monkeypatch.setattr(ifup, "_tap", lambda *_: found)
+        monkeypatch.setattr(kernel, "queue_of", lambda _: queue())
+        monkeypatch.setattr(kernel, "attach", lambda *what: self.did.append(("attach", *what)))
+        monkeypatch.setattr(kernel, "detach", lambda *what: self.did.append(("detach", *what)))
+        monkeypatch.setattr(programs, "program_by_id", self._program_by_id)
+        monkeypatch.setattr(hashing, "of_taps", lambda _: {(found.netns, found.ifindex): self.rss} if self.rss else {})
+        monkeypatch.setattr(hashing, "set_rss", lambda *what, report: self.did.append(("set_rss", *what, report)))
+        monkeypatch.setattr(hashing, "set_automq", lambda *what: self.did.append(("set_automq", *what)))
+
+    def _execute(self, plan: Plan) -> int:
+        for step in plan.steps:
+            if isinstance(step, SetRss | ClearRss):
+                self.rss = step.rss if isinstance(step, SetRss) else None
+                self.mark.restore(b"of the plan" if self.rss else None)
+        return plan.program_id or 0
+
+    @contextlib.contextmanager
+    def _program_by_id(self, program_id: int) -> Iterator[int]:
+        yield 100 + program_id
+
+    def attach_and_undo(self, settings: Settings, meanwhile: Callable[[], None] = lambda: None) -> None:
+        with contextlib.ExitStack() as undo:
+            assert ifup._attach(call(nic()), settings, undo)
+            meanwhile()
+
+
+V9 = Hashing(generation=Generation.V9, types=BASE_TYPES, why_not="")
+AUTOMQ = ("set_automq", 9, Generation.V12, NO_TYPES)
+PUT_BACK = ("set_rss", 9, Generation.V12, RSS.config, False)
+UNDONE: dict[str, tuple[Settings, Tap, list[tuple[object, ...]]]] = {
+    "nothing to do": (Settings(engine=Engine.KERNEL, static=Static()), tap(hashing=ABLE, vnet_hash=RSS), []),
+    "nothing before": (Settings(engine=Engine.KERNEL, static=TABLE), tap(hashing=ABLE), [AUTOMQ]),
+    "RSS before": (Settings(static=TABLE), tap(hashing=ABLE, vnet_hash=RSS), [PUT_BACK]),
+    "RSS that reports": (
+        Settings(static=TABLE),
+        tap(hashing=ABLE, vnet_hash=replace(RSS, report=True)),
+        [(*PUT_BACK[:-1], True)],
+    ),
+    "reports alone": (
+        Settings(static=TABLE),
+        tap(hashing=ABLE, vnet_hash=replace(REPORTS, source=Source.STATIC)),
+        [("set_automq", 9, Generation.V12, HashType.TCP4)],
+    ),
+    "a program": (Settings(engine=Engine.EBPF), tap(hashing=ABLE), [("detach", 9)]),
+    "a program in place of RSS": (
+        Settings(engine=Engine.EBPF),
+        tap(hashing=ABLE, vnet_hash=RSS),
+        [PUT_BACK, ("detach", 9)],
+    ),
+    "a program in place of RSS, which refuses it": (
+        Settings(engine=Engine.EBPF),
+        tap(hashing=V9, vnet_hash=RSS),
+        [("detach", 9), ("set_rss", 9, Generation.V9, RSS.config, False)],
+    ),
+    "RSS in place of a program": (
+        Settings(engine=Engine.KERNEL),
+        tap(hashing=ABLE, program=program(Kind.QSTEER, id=7)),
+        [("attach", 9, 107), AUTOMQ],
+    ),
+    "RSS in place of a program, which refuses it": (
+        Settings(engine=Engine.KERNEL),
+        tap(hashing=V9, program=program(Kind.QSTEER, id=7)),
+        [("set_automq", 9, Generation.V9, NO_TYPES), ("attach", 9, 107)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNDONE, ids=UNDONE)
+def test_an_undo_puts_back_what_was_there(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the mark that says whose it is."""
+    monkeypatch.setattr(holds, "RUNTIME", tmp_path)
+    settings, found, undone = UNDONE[case]
+    before = b"of before" if found.vnet_hash else None
+    fake = Kernel(monkeypatch, found)
+    fake.mark.restore(before)
+    fake.attach_and_undo(settings)
+    assert fake.did == undone
+    assert fake.mark.stored() == before
+
+
+def test_an_undo_leaves_what_somebody_else_has_set_since(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(holds, "RUNTIME", tmp_path)
+    fake = Kernel(monkeypatch, tap(hashing=ABLE))
+
+    def meanwhile() -> None:
+        fake.rss = FOREIGN_RSS
+
+    fake.attach_and_undo(Settings(engine=Engine.KERNEL, static=TABLE), meanwhile)
+    assert fake.did == [] and fake.mark.stored() == b"of the plan"
 
 
 def test_the_line_names_who_steers_instead() -> None:

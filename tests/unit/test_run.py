@@ -8,12 +8,12 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
-from qsteer import kernel, links, procs, programs, qemuargs, qmp, ready, run, runplan, shim
+from qsteer import config, hashing, kernel, links, procs, programs, qemuargs, qmp, ready, run, runplan, shim
 from qsteer.errors import (
     NotFoundError,
     PermissionDeniedError,
@@ -21,9 +21,10 @@ from qsteer.errors import (
     UnsupportedError,
     UsageError,
 )
-from qsteer.model import Build, Engine, Process, Source
+from qsteer.model import Build, Engine, Generation, Hashing, Process, Source
 from qsteer.plan import Static
 from qsteer.qmp import QemuProbe
+from qsteer.rss import BASE_TYPES, HashType
 from qsteer.runplan import NicHandles, Rss, TapSpec, Vhost, make_plan, parse_tap, parse_taps, qemu_argv, stable_mac
 from qsteer.settings import Config, Entry, Match, Settings
 
@@ -148,6 +149,20 @@ def test_an_engine_that_is_configured() -> None:
     single = parse_taps(("id=net0,queues=1",), config)
     plan = make_plan(specs=single, command=(QEMU,), probe=QEMU_10_0, vm="web1", vhost_available=False)
     assert plan.nics[0].in_kernel is None
+
+
+def test_mq_off_is_told_of_in_kernel_too() -> None:
+    plan = make_plan(
+        specs=parse_taps(("id=net0,queues=4",), engine="kernel"),
+        command=(QEMU, "-device", "virtio-net-pci,netdev=net0,mq=off"),
+        probe=QEMU_10_0,
+        vm="web1",
+        vhost_available=False,
+    )
+    assert plan.notes == (
+        "net0: steered by tun itself, by a table of the host's; the guest is offered no RSS",
+        "net0: mq=off on QEMU's command line: the guest uses one queue only",
+    )
 
 
 # --tap
@@ -852,6 +867,56 @@ def test_dry_run(host: Host) -> None:
         "-netdev tap,id=net1,fds=net1-queue0,vhost=off "
         f"""-device '{{"driver":"virtio-net-pci","netdev":"net1","mac":"{stable_mac("web1", "net1", "")}"}}'"""
     )
+
+
+STOCK = Hashing(why_not="this kernel's tun does not hash by itself")
+ABLE = Hashing(generation=Generation.V12, types=BASE_TYPES, why_not="")
+
+
+@pytest.mark.parametrize(
+    ("able", "types", "error", "says"),
+    [
+        (STOCK, None, UnsupportedError, "no in-kernel RSS: this kernel's tun does not hash by itself"),
+        (replace(STOCK, denied=True), None, PermissionDeniedError, "no in-kernel RSS"),
+        (replace(ABLE, types=HashType.IP4), None, UnsupportedError, "does not hash"),
+        (ABLE, HashType.IP4 | HashType.IP_EX, UnsupportedError, "does not hash"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_kernel_that_cannot_is_found_out_before_anything_is_made(
+    host: Host,
+    monkeypatch: pytest.MonkeyPatch,
+    able: Hashing,
+    types: HashType | None,
+    error: type[QsteerError],
+    says: str,
+    dry_run: bool,
+) -> None:
+    entry = Entry(match=Match(), settings=Settings(static=Static(types=types)))
+    monkeypatch.setattr(config, "load", lambda: Config(entries=(entry,)))
+    monkeypatch.setattr(hashing, "hashing", lambda: able)
+    taps = ("id=net0,queues=4",)
+    with pytest.raises(error, match=says):
+        run.run(vm=None, taps=taps, user=None, dry_run=dry_run, command=(QEMU,), engine="kernel")
+    assert host.calls == []
+
+
+def test_a_dry_run_on_a_kernel_that_can(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "hashing", lambda: ABLE)
+    taps = ("id=net0,queues=4", "id=net1,queues=1")
+    rehearsal = run.run(vm="web1", taps=taps, user=None, dry_run=True, command=(QEMU,), engine="kernel")
+    assert [step for step in rehearsal.steps if "RSS" in step] == ["set in-kernel RSS for the tap of net0"]
+    assert host.calls == []
+
+
+@pytest.mark.parametrize("engine", [None, "auto", "ebpf"])
+def test_what_tun_can_is_looked_at_only_where_it_is_to_steer(
+    host: Host, monkeypatch: pytest.MonkeyPatch, engine: str | None
+) -> None:
+    monkeypatch.setattr(hashing, "hashing", lambda: pytest.fail("looked at"))
+    taps = ("id=net0,queues=4",)
+    assert run.run(vm="web1", taps=taps, user=None, dry_run=True, command=(QEMU,), engine=engine).steps
+    assert host.calls == []
 
 
 def test_another_users_vm_of_that_name_is_not_in_the_way(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,18 @@
 	 VIRTIO_NET_RSS_HASH_TYPE_TCPv6 | VIRTIO_NET_RSS_HASH_TYPE_UDPv6)
 
 /* A key has ten words of 32 bits; the generations' structures have room for as many as bytes. */
-#define TUN_HASH_KEY_BYTES 40
 #define TUN_HASH_KEY_ROOM 40
+
+/* A state has them as the machine's, but in generation 4 as they came, until a packet is hashed. */
+#if TUN_HASH_GENERATION == 4
+#define TUN_HASH_KEY_WORD __be32
+#define TUN_HASH_KEY_STORE(be32) (be32)
+#define TUN_HASH_KEY_LOAD(word) be32_to_cpu(word)
+#else
+#define TUN_HASH_KEY_WORD u32
+#define TUN_HASH_KEY_STORE(be32) be32_to_cpu(be32)
+#define TUN_HASH_KEY_LOAD(word) (word)
+#endif
 
 /* Both addresses of IPv6 and both ports. */
 #define TUN_HASH_INPUT_WORDS 9
@@ -48,7 +58,7 @@ struct tun_hash_view {
 	u32 types;
 	u16 mask;
 	u16 unclassified;
-	const u32 *key;
+	const TUN_HASH_KEY_WORD *key;
 	const u16 *table;
 };
 
@@ -116,13 +126,14 @@ static void tun_hash_parse(const struct sk_buff *skb, u32 types, struct tun_hash
  * Toeplitz: for each bit of the input that is set, the 32 bits of the key that begin at the same
  * place.  The key is one word longer than the longest input.
  */
-static u32 tun_hash_toeplitz(const u32 *key, const struct tun_hash_input *input)
+static u32 tun_hash_toeplitz(const TUN_HASH_KEY_WORD *key, const struct tun_hash_input *input)
 {
 	u32 hash = 0;
 	int word, bit;
 
 	for (word = 0; word < input->words; word++) {
-		u64 window = (u64)key[word] << 32 | key[word + 1];
+		u64 window =
+			(u64)TUN_HASH_KEY_LOAD(key[word]) << 32 | TUN_HASH_KEY_LOAD(key[word + 1]);
 		u32 bits = be32_to_cpu(input->word[word]);
 
 		for (bit = 31; bit >= 0; bit--, window <<= 1)
@@ -132,15 +143,37 @@ static u32 tun_hash_toeplitz(const u32 *key, const struct tun_hash_input *input)
 	return hash;
 }
 
-/* A key, or its beginning, out of user memory: bytes there, words of the machine's here. */
-static int __maybe_unused tun_hash_copy_key(u32 *key, const void __user *from, size_t bytes)
+/*
+ * Bytes of the key that are read: as many as the longest input of the types takes.  With none of
+ * the types of IPv4 that is wrong, on purpose, since all generations are so: one word is read,
+ * whatever IPv6 would take.
+ */
+static size_t tun_hash_key_bytes(u32 types)
 {
-	size_t word;
+	size_t window = sizeof(u32);
+
+	if (!(types & (VIRTIO_NET_RSS_HASH_TYPE_IPv4 | VIRTIO_NET_RSS_HASH_TYPE_TCPv4 |
+		       VIRTIO_NET_RSS_HASH_TYPE_UDPv4)))
+		return window;
+	if (types & (VIRTIO_NET_RSS_HASH_TYPE_TCPv6 | VIRTIO_NET_RSS_HASH_TYPE_UDPv6))
+		return window + 36;
+	if (types & VIRTIO_NET_RSS_HASH_TYPE_IPv6)
+		return window + 32;
+	if (types & (VIRTIO_NET_RSS_HASH_TYPE_TCPv4 | VIRTIO_NET_RSS_HASH_TYPE_UDPv4))
+		return window + 12;
+	return window + 8;
+}
+
+/* A key's beginning out of user memory: bytes there, words here.  The rest is left as it is. */
+static int __maybe_unused tun_hash_copy_key(TUN_HASH_KEY_WORD *key, const void __user *from,
+					    u32 types)
+{
+	size_t word, bytes = tun_hash_key_bytes(types);
 
 	if (copy_from_user(key, from, bytes))
 		return -EFAULT;
 	for (word = 0; word < bytes / sizeof(*key); word++)
-		be32_to_cpus(&key[word]);
+		key[word] = TUN_HASH_KEY_STORE((__force __be32)key[word]);
 	return 0;
 }
 

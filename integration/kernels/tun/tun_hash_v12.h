@@ -48,26 +48,6 @@ static bool tun_hash_is_set(unsigned int cmd)
 	       cmd == TUNSETVNETRSS;
 }
 
-/*
- * Bytes of the key that are read: as many as the longest input of the types takes.  With none of
- * the types of IPv4 that is wrong, also on purpose: one word is read, whatever IPv6 would take.
- */
-static size_t tun_hash_key_bytes(u32 types)
-{
-	size_t window = sizeof(u32);
-
-	if (!(types & (VIRTIO_NET_RSS_HASH_TYPE_IPv4 | VIRTIO_NET_RSS_HASH_TYPE_TCPv4 |
-		       VIRTIO_NET_RSS_HASH_TYPE_UDPv4)))
-		return window;
-	if (types & (VIRTIO_NET_RSS_HASH_TYPE_TCPv6 | VIRTIO_NET_RSS_HASH_TYPE_UDPv6))
-		return window + 36;
-	if (types & VIRTIO_NET_RSS_HASH_TYPE_IPv6)
-		return window + 32;
-	if (types & (VIRTIO_NET_RSS_HASH_TYPE_TCPv4 | VIRTIO_NET_RSS_HASH_TYPE_UDPv4))
-		return window + 12;
-	return window + 8;
-}
-
 static TUN_HASH_STATE *tun_hash_copy_automq(const void __user *argp)
 {
 	TUN_HASH_STATE *state;
@@ -108,8 +88,7 @@ static TUN_HASH_STATE *tun_hash_copy(unsigned int cmd, const void __user *argp)
 	state->common = common;
 
 	if (copy_from_user(state->rss_indirection_table, argp, table) ||
-	    tun_hash_copy_key(state->rss_key, argp + table,
-			      tun_hash_key_bytes(common.hash_types))) {
+	    tun_hash_copy_key(state->rss_key, argp + table, common.hash_types)) {
 		kfree(state);
 		return ERR_PTR(-EFAULT);
 	}

@@ -3,7 +3,8 @@
  * Generations 4 to 11: one request that says what there is, and one that sets all.
  *
  * User memory begins with struct tun_vnet_hash.  With TUN_VNET_HASH_RSS in its flags there follow
- * struct tun_vnet_hash_rss, a table of indirection_table_mask + 1 entries, and the key's bytes.
+ * struct tun_vnet_hash_rss, a table of indirection_table_mask + 1 entries, and the beginning of a
+ * key.
  */
 #ifndef TUN_HASH_V4_H
 #define TUN_HASH_V4_H
@@ -25,7 +26,7 @@ struct tun_vnet_hash_rss {
 struct tun_vnet_hash_container {
 	struct tun_vnet_hash common;
 	struct tun_vnet_hash_rss rss;
-	u32 rss_key[TUN_HASH_KEY_ROOM];
+	TUN_HASH_KEY_WORD rss_key[TUN_HASH_KEY_ROOM];
 	u16 rss_indirection_table[];
 };
 
@@ -75,7 +76,8 @@ static TUN_HASH_STATE *tun_hash_copy(unsigned int cmd, const void __user *argp)
 		table = (rss.indirection_table_mask + 1) * sizeof(u16);
 	}
 
-	state = kzalloc(sizeof(*state) + table, GFP_KERNEL | __GFP_NOWARN);
+	/* Not zeroed: the rest of a key that is not read is whatever was in memory. */
+	state = kmalloc(sizeof(*state) + table, GFP_KERNEL | __GFP_NOWARN);
 	if (!state)
 		return ERR_PTR(-ENOMEM);
 	state->common = common;
@@ -83,7 +85,7 @@ static TUN_HASH_STATE *tun_hash_copy(unsigned int cmd, const void __user *argp)
 
 	if (common.flags & TUN_VNET_HASH_RSS &&
 	    (copy_from_user(state->rss_indirection_table, argp, table) ||
-	     tun_hash_copy_key(state->rss_key, argp + table, TUN_HASH_KEY_BYTES))) {
+	     tun_hash_copy_key(state->rss_key, argp + table, common.types))) {
 		kfree(state);
 		return ERR_PTR(-EFAULT);
 	}
