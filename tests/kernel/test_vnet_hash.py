@@ -383,7 +383,6 @@ def test_who_may_not_look_steers_by_a_program(device: Device) -> None:
     device.apply()
     apply = (*WITHOUT_RAW, sys.executable, "-m", "qsteer", "apply", "--vm", NAME)
     with daemon("keep", NAME, prefix=WITHOUT_RAW) as keep:
-        keep.wait_told("READY")
         assert automq_raw(device.fd) == "ok"
         keep.wait_for("put-back")
     tap = device.known()
