@@ -62,12 +62,17 @@ def module_beside(rows: Path, generation: str) -> Path:
     return rows.with_name(f"tun-{generation}.ko")
 
 
-def tests(rows: Path, asked: str) -> dict[str, Any]:
-    """Load a module, and run its tests."""
-    generation, _, some = asked.partition(":")
+def load(rows: Path, generation: str) -> None:
+    """Have another tun."""
     for user in USERS:
         subprocess.run(("modprobe", "--remove", user), stderr=subprocess.DEVNULL, check=False)
     inside.set_up(module_beside(rows, generation))
+
+
+def tests(rows: Path, asked: str) -> dict[str, Any]:
+    """Load a module, and run its tests."""
+    generation, _, some = asked.partition(":")
+    load(rows, generation)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         chosen = ("-m", DECOY if generation == DECOY else "patched", *(("-k", some) if some else ()))
