@@ -11,7 +11,6 @@ from qsteer.rss import HashType, RssConfig, format_hash_types
 HEADER_BYTES = 20
 """struct virtio_net_hdr_v1_hash: virtio 1.2, 5.1.6."""
 _OVER_IP4 = HashType.IP4 | HashType.TCP4 | HashType.UDP4
-_USE_A_PROGRAM = "a program steers (--engine ebpf), but reports no hash"
 
 
 def choose(tap: Tap, wanted: Engine | None, config: RssConfig, *, report: bool) -> Engine:
@@ -24,7 +23,8 @@ def choose(tap: Tap, wanted: Engine | None, config: RssConfig, *, report: bool) 
         if report:
             raise UnsupportedError("a program cannot report a hash", hint="--engine kernel, or auto")
         return Engine.EBPF
-    reason = _why_not(tap.hashing, config) or (_why_no_report(tap) if report else None)
+    reason = _why_not(tap.hashing, config, "" if report else "--engine ebpf steers by a program")
+    reason = reason or (_why_no_report(tap) if report else None)
     if not reason:
         # Where QEMU holds a program, it could not attach that any more.
         locked_out = tap.held and tap.hashing.generation and tap.hashing.generation.exclusive
@@ -34,14 +34,14 @@ def choose(tap: Tap, wanted: Engine | None, config: RssConfig, *, report: bool) 
     return Engine.EBPF
 
 
-def _why_not(hashing: Hashing, config: RssConfig) -> QsteerError | None:
-    """Why this kernel cannot steer by this configuration."""
+def _why_not(hashing: Hashing, config: RssConfig, hint: str) -> QsteerError | None:
+    """Why this kernel cannot steer by this configuration; ``hint`` is what can."""
     if not hashing.generation:
         kind = PermissionDeniedError if hashing.denied else UnsupportedError
-        return kind(f"no in-kernel RSS: {hashing.why_not}", hint=_USE_A_PROGRAM)
+        return kind(f"no in-kernel RSS: {hashing.why_not}", hint=hint)
     if unknown := config.types & ~hashing.types:
         names = ", ".join(format_hash_types(unknown))
-        return UnsupportedError(f"this kernel's tun does not hash {names}", hint=_USE_A_PROGRAM)
+        return UnsupportedError(f"this kernel's tun does not hash {names}", hint=hint)
     if config.types and not config.types & _OVER_IP4:
         # All generations: they take 4 bytes of the key then, and whatever lay in memory for the rest.
         return UnsupportedError(

@@ -163,6 +163,9 @@ def hashing(rows: dict[str, Any]) -> str:
     for test in tests:
         ended = ([how for case, how in rows[name]["tests"].items() if case.partition("[")[0] == test] for name in names)
         lines.append((test.removeprefix("test_").replace("_", " "), *(_ended(one) for one in ended)))
+    switched = [rows[name].get("switched", {}) for name in names]
+    lines.append(("packets while the engine changed 300 times", *(one.get("packets", "-") for one in switched)))
+    lines.append(("... where neither table wants them", *(one.get("outside", "-") for one in switched)))
     lines.append(("run on", *(rows[name]["date"] for name in names)))
     return _markdown(lines)
 

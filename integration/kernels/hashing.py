@@ -21,7 +21,7 @@ from integration.guest import GuestError
 from integration.kernels import boot, hashing_guests, inside, patched
 from integration.kernels.boot import Outcome
 from integration.kernels.parts import ENVIRONMENT
-from integration.kernels.record import outcomes
+from integration.kernels.record import outcomes, properties
 from integration.kernels.table import Kernel
 from integration.kernels.vhost import DoesNotHoldError
 
@@ -79,7 +79,8 @@ def tests(rows: Path, asked: str) -> dict[str, Any]:
         pytest = (sys.executable, "-m", "pytest", "-q", "-o", "cache_dir=/run/pytest", f"--junitxml={report}", *chosen)
         environment = os.environ | ENVIRONMENT | {"QSTEER_TUN": generation}
         subprocess.run((*pytest, TESTS), env=environment, check=False)
-        return {"generation": generation, "tests": outcomes(report)}
+        switched = properties(report, "test_engines_change_under_traffic")
+        return {"generation": generation, "tests": outcomes(report), "switched": switched}
 
 
 def bench() -> dict[str, Any]:

@@ -79,6 +79,12 @@ def outcomes(report: Path) -> dict[str, str]:
     return found
 
 
+def properties(report: Path, test: str) -> dict[str, str]:
+    """What a test has noted (``record_property``)."""
+    cases = (case for case in ElementTree.parse(report).iter("testcase") if case.get("name") == test)
+    return {one.get("name", ""): one.get("value", "") for case in cases for one in case.iter("property")}
+
+
 def of_rights(found: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of ``rights``: what each verb takes, and what goes otherwise under a setting than as it is."""
     usual = {row["verb"]: row for row in found["settings"] if row["setting"] == "as it is"}

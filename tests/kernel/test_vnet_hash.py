@@ -3,9 +3,11 @@
 numbers (``decoy``), and on this one.  integration/kernels boots the others; ``QSTEER_TUN`` says which tun it is.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
+import io
 import mmap
 import os
 import pickle
@@ -19,12 +21,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from pyroute2 import IPRoute
 
 from integration.changes import change_engines, static_of
 from qsteer import hashing, inventory, kernel
+from qsteer.__main__ import main
 from qsteer._shim import ffi, lib
 from qsteer.errors import ConflictError, QsteerError, UnsupportedError
 from qsteer.execute import execute
@@ -635,14 +639,23 @@ def test_the_digest_changes(device: Device) -> None:
     assert seen[-1] == seen[0]
 
 
+def said(*arguments: str) -> tuple[int, str, str]:
+    """The exit code, what is printed, and what goes wrong: in this process, as Python's start takes its time there."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["qsteer", *arguments, "--vm", NAME]
+    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main()
+    return code, out.getvalue(), err.getvalue()
+
+
 def qsteer(*arguments: str) -> str:
-    done = support.qsteer(*arguments, "--vm", NAME)
-    assert done.returncode == 0, done.stderr
-    return str(done.stdout)
+    code, out, err = said(*arguments)
+    assert (code, err) == (0, "")
+    return out
 
 
 @patched
-def test_the_command_line(device: Device) -> None:
+def test_the_command_line(device: Device, tmp_path: Path) -> None:
     """From nothing to steered and back, as a user sees it."""
     assert GENERATION
     told = qsteer("apply", "--equal", "3")
@@ -652,19 +665,21 @@ def test_the_command_line(device: Device) -> None:
     assert f"3/3     -        kernel {GENERATION}" in row and row.endswith("ok"), row
     shown = qsteer("show")
     assert shown.startswith(f"# {NAME}: in-kernel RSS, {GENERATION}, source static\n")
-    table = support.qsteer("apply", "--vm", NAME, "--from", "-", stdin=shown)
-    assert table.stdout.startswith(f"{NAME}  unchanged")
+    (tmp_path / "saved").write_text(shown)
+    assert qsteer("apply", "--from", str(tmp_path / "saved")).startswith(f"{NAME}  unchanged")
     assert "in-kernel RSS" not in qsteer("apply", "--engine", "ebpf").splitlines()[0]
     assert "ebpf " in qsteer("status").splitlines()[1]
     assert "set in-kernel RSS with a table of 128 entries" in qsteer("apply", "--engine", "kernel", "-n")
     assert qsteer("apply", "--engine", "kernel").splitlines()[0].startswith(f"{NAME}  replaced  in-kernel RSS")
-    refused = support.qsteer("apply", "--vm", NAME, "--types", "tcp4,ip-ex", "--engine", "kernel")
-    assert (refused.returncode, refused.stderr) == (
+    assert said("apply", "--types", "tcp4,ip-ex", "--engine", "kernel") == (
         5,
-        "qsteer: this kernel's tun does not hash ip-ex\nhint: --engine ebpf does\n",
+        "",
+        "qsteer: this kernel's tun does not hash ip-ex\nhint: --engine ebpf steers by a program\n",
     )
     assert qsteer("off").startswith(f"{NAME}  off")
     assert "automq" in qsteer("status").splitlines()[1]
+    done = support.qsteer("apply", "--vm", NAME)
+    assert "in-kernel RSS" in done.stdout and done.stderr == ""
 
 
 @patched
@@ -709,9 +724,11 @@ def test_clean(device: Device) -> None:
 
 
 @patched
-def test_engines_change_under_traffic() -> None:
+def test_engines_change_under_traffic(record_property: Callable[[str, object], None]) -> None:
     """Not a packet outside of both mappings; but where the kernel refuses one beside the other there is a gap."""
     outcome = change_engines(CHANGES, 7)
-    print(outcome)
+    verdict = outcome.verdict
+    for name, value in (("changes", CHANGES), ("packets", verdict.packets), ("outside", len(verdict.outside))):
+        record_property(name, value)
     assert not outcome.verdict.lost and not outcome.left and outcome.verdict.least > 0
     assert bool(outcome.verdict.outside) == EXCLUSIVE
