@@ -76,9 +76,9 @@ def tests(rows: Path, asked: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         chosen = ("-m", DECOY if generation == DECOY else "patched", *(("-k", some) if some else ()))
-        pytest = (sys.executable, "-m", "pytest", "-q", "-o", "cache_dir=/run/pytest", f"--junitxml={report}", *chosen)
+        options = ("-q", "-o", "cache_dir=/run/pytest", "-o", "junit_family=xunit1", f"--junitxml={report}", *chosen)
         environment = os.environ | ENVIRONMENT | {"QSTEER_TUN": generation}
-        subprocess.run((*pytest, TESTS), env=environment, check=False)
+        subprocess.run((sys.executable, "-m", "pytest", *options, TESTS), env=environment, check=False)
         switched = properties(report, "test_engines_change_under_traffic")
         return {"generation": generation, "tests": outcomes(report), "switched": switched}
 
