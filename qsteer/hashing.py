@@ -132,24 +132,29 @@ def vnet_hashes(pid: int = 0) -> dict[tuple[int, int], VnetHash]:
 
     By network namespace (inode number) and ifindex.  Raises QsteerError as ``kernel.open_queues`` does.
     """
-    found = kernel.vnet_hashes(pid)
-    if not found or not _look().swapped:
-        return found
-    return {
-        place: replace(rss, config=rss.config and replace(rss.config, key=_swapped(rss.config.key)))
-        for place, rss in found.items()
-    }
+    return {place: _readings(rss)[0] for place, rss in kernel.vnet_hashes(pid).items()}
+
+
+def _readings(rss: VnetHash) -> tuple[VnetHash, ...]:
+    """What the kernel's memory may say, where nobody could see how a key is kept."""
+    known = _look()
+    orders = (known.swapped,) if known.hashing.generation else (known.swapped, not known.swapped)
+    return tuple(
+        replace(rss, config=replace(rss.config, key=_swapped(rss.config.key))) if rss.config and swapped else rss
+        for swapped in orders
+    )
 
 
 def of_taps(queues: Iterable[OpenQueue]) -> dict[tuple[int, int], VnetHash]:
     """The same for the taps of some queues, with what qsteer's marks say of it."""
     places = {(queue.netns, queue.ifindex) for queue in queues if queue.vnet_hash}
-    found = vnet_hashes() if places else {}
-    return {
-        (netns, ifindex): marks.marked(rss, netns=netns, ifindex=ifindex)
-        for (netns, ifindex), rss in found.items()
-        if (netns, ifindex) in places
-    }
+    found = kernel.vnet_hashes() if places else {}
+    return {place: _marked(rss, *place) for place, rss in found.items() if place in places}
+
+
+def _marked(rss: VnetHash, netns: int, ifindex: int) -> VnetHash:
+    seen = [marks.marked(one, netns=netns, ifindex=ifindex) for one in _readings(rss)]
+    return next((one for one in seen if one.source), seen[0])
 
 
 def set_rss(queue_fd: int, generation: Generation, config: RssConfig, *, report: bool) -> None:

@@ -4,15 +4,18 @@
 import errno
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qsteer import hashing, kernel
+from qsteer import hashing, kernel, marks
 from qsteer._shim import lib
 from qsteer.errors import QsteerError
-from qsteer.model import Generation, VnetHash
+from qsteer.model import Generation, Source, VnetHash
 from qsteer.rss import BASE_TYPES, RssConfig, known_types
+from tests.unit import taps
 
 PID = 4242
 
@@ -143,3 +146,18 @@ def test_what_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kernel, "vnet_hashes", refuse)
     assert hashing.hashing().why_not == "cannot look" and probes.ended == 1
+
+
+@pytest.mark.parametrize("told", [bytes, _words])
+def test_a_mark_tells_where_the_probe_could_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: Callable[[bytes], bytes]
+) -> None:
+    """Who may not probe knows qsteer's RSS all the same, however a key is kept."""
+    monkeypatch.setattr("qsteer.holds.RUNTIME", tmp_path)
+    use(monkeypatch, Probes(result=-errno.EPERM), told)
+    config = RssConfig(types=BASE_TYPES, key=bytes(lib.qs_vnet_probe_key), table=tuple(lib.qs_vnet_probe_table))
+    ours = VnetHash(rss=True, report=False, types=BASE_TYPES, config=config, source=Source.STATIC)
+    queue = replace(taps.queue(), netns=1, ifindex=2, vnet_hash=7)
+    assert hashing.of_taps((queue,))[1, 2].source is None
+    marks.file(netns=1, ifindex=2).restore(marks.of(taps.tap(), (ours,)))
+    assert hashing.of_taps((queue,)) == {(1, 2): ours}
