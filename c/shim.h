@@ -30,6 +30,10 @@ int qs_steering_attach(int fd, int prog_fd);
 /* Take any steering program off the fd's device. */
 int qs_steering_detach(int fd);
 
+/* What the kernel keeps besides IFF_* in a device's flags (drivers/net/tun_vnet.h). */
+#define QS_TUN_VNET_LE 0x80000000U
+#define QS_TUN_VNET_BE 0x40000000U
+
 /* Processes and privileges */
 
 /* Inode number of the host's pid namespace (include/linux/proc_ns.h: PROC_PID_INIT_INO). */

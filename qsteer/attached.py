@@ -26,12 +26,6 @@ def tap_of(queue: OpenQueue) -> Tap:
         program=program,
         content=seen.content(program),
         body_present=seen.body_present(program),
-        program_holders=(),
-        holder=None,
-        domain=None,
-        nic=None,
-        held=(),
-        hold=False,
         vnet_hash=hashing.of_taps((queue,)).get((queue.netns, queue.ifindex)),
         hashing=hashing.hashing(),
     )

@@ -244,17 +244,6 @@ def _device_tap(tun: Tun, netns: int, netns_name: str | None, *, unheld: bool) -
         disabled=0,
         multi_queue=tun.multi_queue,
         persistent=tun.persistent,
-        queues=(),
-        program_id=0,
-        program=None,
-        content=None,
-        body_present=True,
-        program_holders=(),
-        holder=None,
-        domain=None,
-        nic=None,
-        held=(),
-        hold=False,
         unheld=unheld,
     )
 

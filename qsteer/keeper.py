@@ -353,14 +353,15 @@ class Keeper:
             self._peace(key)
         if now < care.retry_at:
             return None
-        decision = upkeep.decide(care.memory, hashing.looked(tap), wanted)
+        decision = upkeep.decide(care.memory, tap, wanted)
         care.ask = decision.ask
         if not decision.plan:
             if not decision.ask:
                 self._is_fine(care)
             return None
         try:
-            plan = plan_apply(*decision.plan)
+            planned, wanted = decision.plan
+            plan = plan_apply(hashing.looked(planned), wanted)
         except QsteerError as error:
             return _problem(care, error)
         return self._carry_out(care, plan, now)

@@ -22,8 +22,6 @@ _TUN_IS_MODULE = Path("/sys/module/tun/initstate")
 _BTF = Path("/sys/kernel/btf")
 _NO_SUCH_FEATURE = (errno.EINVAL, errno.E2BIG)
 """What a kernel answers to what it does not know: to a kind of program, a function, an attribute."""
-_TUN_VNET_LE, _TUN_VNET_BE = 0x80000000, 0x40000000
-"""Of what the kernel keeps as a device's flags (drivers/net/tun_vnet.h)."""
 _CANNOT_LOOK = "cannot read from the kernel what is attached to its taps"
 _LOOKING_TAKES = "it takes Linux 6.1 with BTF"
 
@@ -304,7 +302,7 @@ def _queue(raw: Any) -> OpenQueue:
         vnet_hash=raw.vnet_hash,
         header=raw.header if raw.flags & lib.IFF_VNET_HDR else 0,
         header_little_endian=bool(
-            raw.flags & _TUN_VNET_LE or (sys.byteorder == "little" and not raw.flags & _TUN_VNET_BE)
+            raw.flags & lib.QS_TUN_VNET_LE or (sys.byteorder == "little" and not raw.flags & lib.QS_TUN_VNET_BE)
         ),
         is_tap=bool(raw.flags & lib.IFF_TAP),
         multi_queue=bool(raw.flags & lib.IFF_MULTI_QUEUE),

@@ -327,17 +327,17 @@ class Tap:
     disabled: int
     multi_queue: bool
     persistent: bool
-    queues: tuple[OpenQueue, ...]
-    program_id: int
-    program: ProgramInfo | None
-    content: MapsContent | None
-    body_present: bool
-    program_holders: tuple[int, ...]
-    holder: Process | None
-    domain: Domain | None
-    nic: Nic | None
-    held: tuple[Held, ...]
-    hold: bool
+    queues: tuple[OpenQueue, ...] = ()
+    program_id: int = 0
+    program: ProgramInfo | None = None
+    content: MapsContent | None = None
+    body_present: bool = True
+    program_holders: tuple[int, ...] = ()
+    holder: Process | None = None
+    domain: Domain | None = None
+    nic: Nic | None = None
+    held: tuple[Held, ...] = ()
+    hold: bool = False
     netns_name: str | None = None
     unheld: bool = False
     reading: Reading | None = None

@@ -9,7 +9,7 @@ from qsteer import cli, configtext, engines, hookplan, marks, render, saved, set
 from qsteer import options as command_options
 from qsteer.errors import ConflictError, PermissionDeniedError, QsteerError, UnsupportedError, UsageError
 from qsteer.model import Engine, Generation, Hashing, Inventory, Reading, Source, Tap, VnetHash
-from qsteer.plan import Plan, Static, Wanted, plan_apply, plan_off, readings_wanted, revision
+from qsteer.plan import Plan, SetRss, Static, Wanted, plan_apply, plan_off, readings_wanted, revision
 from qsteer.rss import BASE_TYPES, NO_TYPES, HashType, RssConfig, key_bytes_used
 from qsteer.settings import AUTO
 from qsteer.state import Agrees, agrees, broken, state
@@ -35,8 +35,8 @@ ASKED = replace(OURS, source=Source.DEVICE_STATE)
 KERNEL, EBPF = Wanted(engine=Engine.KERNEL), Wanted(engine=Engine.EBPF)
 
 
-def hashes(generation: Generation = Generation.V12, **more: object) -> Hashing:
-    return replace(Hashing(generation=generation, types=BASE_TYPES, reports=True, why_not=""), **more)  # type: ignore[arg-type]
+def hashes(generation: Generation = Generation.V12, *, reports: bool = True) -> Hashing:
+    return Hashing(generation=generation, types=BASE_TYPES, reports=reports, why_not="")
 
 
 def patched(generation: Generation = Generation.V12, **more: object) -> Tap:
@@ -335,7 +335,8 @@ def test_keep_and_a_guest_that_is_asked() -> None:
     assert steps(made) == ["SetRss"]
     after = upkeep.done(memory, made, 0)
     (step,) = made.steps
-    now = replace(seen, vnet_hash=step.rss)  # type: ignore[union-attr]
+    assert isinstance(step, SetRss)
+    now = replace(seen, vnet_hash=step.rss)
     assert upkeep.remember(after, now, Wanted()) == after
 
 
